@@ -1,0 +1,69 @@
+# Development commands; `make` lists them. `make demo` and `make test` need only Python 3.11+ and g++:
+# the first run creates .venv and installs everything that requirements/dev.txt pins.
+
+PYTHON ?= python3
+TESTS ?= tests
+# The tests that drive the C++ kernels; override with SANITIZE_TESTS=...
+SANITIZE_TESTS ?= tests
+BIN := .venv/bin
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+EXTENSION := fused/_C.abi3.so
+
+.PHONY: help setup demo test lint format bench sanitize clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(EXTENSION) ## create .venv, install the dependencies, build the C++ kernels
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=python3.x ...")'
+	$(PYTHON) -m venv .venv
+
+.venv/.requirements: requirements/dev.txt | $(BIN)/python
+	$(BIN)/pip install -r requirements/dev.txt
+	@touch $@
+
+# Without the C++ kernels, which the next rule builds with visible progress.
+.venv/.installed: pyproject.toml setup.py .venv/.requirements
+	FUSED_NO_EXT=1 $(BIN)/pip install --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(EXTENSION): $(CSRC) setup.py .venv/.installed
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+demo: setup ## train on real data, fused against plain torch
+	$(BIN)/python examples/flights.py
+
+test: setup ## run the tests (TESTS=tests/test_x.py for a part)
+	$(BIN)/pytest $(TESTS)
+
+lint: setup ## ruff, mypy on the installed package, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# mypy does not see the folder mapping of an editable install, so it gets a plain one.
+	rm -rf .cache/mypy-site build/lib*
+	FUSED_NO_EXT=1 $(BIN)/pip install --quiet --no-build-isolation --no-deps --target .cache/mypy-site .
+	cd .cache/mypy-site && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p fused
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+format: setup ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+bench: setup ## measure against eager and torch.compile
+	$(BIN)/python -m bench
+
+# libstdc++ is preloaded because libasan must find it before torch does; torch itself leaks by
+# design. The root must not be on sys.path (so pytest, not python -m pytest), or ./fused would win.
+sanitize: SANITIZERS := $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell g++ -print-file-name=$(lib)))
+sanitize: setup ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	rm -rf .cache/sanitize build/lib*
+	FUSED_SANITIZE=address,undefined $(BIN)/pip install -v --no-build-isolation --no-deps --target .cache/sanitize . 2>&1 | grep fused-lnad:
+	PYTHONPATH=.cache/sanitize LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest -m "not gpu" $(SANITIZE_TESTS)
+
+clean: ## remove what the other targets have made, except .venv
+	rm -rf build dist .cache *.egg-info $(EXTENSION) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

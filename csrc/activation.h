@@ -1,0 +1,266 @@
+// The activations and their derivatives, written once for every number type.
+//
+// V is a scalar or a vector of floats. The functions used here (broadcast, select, exp, expm1,
+// tanh, log1p_exp, normal_cdf, normal_pdf, reciprocal) are declared next to the type: cpu/math.h.
+// Values, breakpoints and derivatives at breakpoints are torch's; NaN goes through everywhere,
+// which is why comparisons are written so that NaN takes the branch that keeps it.
+// Order and codes: fused/spec.py.
+#pragma once
+
+namespace fused::FUSED_TARGET {
+
+// alpha and beta are the activation's parameters in the order of fused/spec.py.
+template <class V>
+struct ActivationParameters {
+  V alpha, beta;
+};
+
+struct Identity {
+  template <class V>
+  static V value(V h, const ActivationParameters<V>&) {
+    return h;
+  }
+  template <class V>
+  static V gradient(V, const ActivationParameters<V>&) {
+    return broadcast<V>(1.0);
+  }
+};
+
+struct Relu {
+  template <class V>
+  static V value(V h, const ActivationParameters<V>&) {
+    const V zero = broadcast<V>(0.0);
+    return select(h < zero, zero, h);
+  }
+  template <class V>
+  static V gradient(V h, const ActivationParameters<V>&) {
+    const V zero = broadcast<V>(0.0);
+    return select(h <= zero, zero, broadcast<V>(1.0));
+  }
+};
+
+struct Relu6 {
+  template <class V>
+  static V value(V h, const ActivationParameters<V>&) {
+    const V zero = broadcast<V>(0.0), six = broadcast<V>(6.0);
+    return select(h < zero, zero, select(h > six, six, h));
+  }
+  template <class V>
+  static V gradient(V h, const ActivationParameters<V>&) {
+    const V zero = broadcast<V>(0.0), one = broadcast<V>(1.0);
+    return select(h <= zero, zero, select(h >= broadcast<V>(6.0), zero, one));
+  }
+};
+
+struct LeakyRelu {
+  template <class V>
+  static V value(V h, const ActivationParameters<V>& parameters) {
+    return select(h > broadcast<V>(0.0), h, h * parameters.alpha);
+  }
+  template <class V>
+  static V gradient(V h, const ActivationParameters<V>& parameters) {
+    return select(h > broadcast<V>(0.0), broadcast<V>(1.0), parameters.alpha);
+  }
+};
+
+struct Elu {
+  template <class V>
+  static V value(V h, const ActivationParameters<V>& parameters) {
+    return select(h > broadcast<V>(0.0), h, parameters.alpha * expm1(h));
+  }
+  template <class V>
+  static V gradient(V h, const ActivationParameters<V>& parameters) {
+    return select(h > broadcast<V>(0.0), broadcast<V>(1.0), parameters.alpha * exp(h));
+  }
+};
+
+// Klambauer et al., "Self-Normalizing Neural Networks", 2017.
+struct Selu {
+  static constexpr double kAlpha = 1.6732632423543772848170429916717;
+  static constexpr double kScale = 1.0507009873554804934193349852946;
+  template <class V>
+  static V value(V h, const ActivationParameters<V>&) {
+    return select(h > broadcast<V>(0.0), h * broadcast<V>(kScale),
+                  broadcast<V>(kAlpha * kScale) * expm1(h));
+  }
+  template <class V>
+  static V gradient(V h, const ActivationParameters<V>&) {
+    return select(h > broadcast<V>(0.0), broadcast<V>(kScale),
+                  broadcast<V>(kAlpha * kScale) * exp(h));
+  }
+};
+
+template <class V>
+inline V sigmoid(V h) {
+  return reciprocal(broadcast<V>(1.0) + exp(-h));
+}
+
+// σ and 1 − σ, the second without cancellation.
+template <class V>
+struct SigmoidPair {
+  V value, complement;
+};
+
+template <class V>
+inline SigmoidPair<V> sigmoid_pair(V h) {
+  const V one = broadcast<V>(1.0), e = exp(-h);
+  const V s = reciprocal(one + e);
+  return {s, select(h < broadcast<V>(-80.0), one, e * s)};  // beyond it e may be infinite
+}
+
+// h·Φ(h), Φ the normal distribution function.
+struct Gelu {
+  template <class V>
+  static V value(V h, const ActivationParameters<V>&) {
+    return h * normal_cdf(h).cdf;
+  }
+  template <class V>
+  static V gradient(V h, const ActivationParameters<V>&) {
+    const auto normal = normal_cdf(h);
+    return normal.cdf + h * normal.pdf;
+  }
+};
+
+// h·σ(2u), u = √(2/π)·(h + 0.044715·h³), which is 0.5·h·(1 + tanh u).
+struct GeluTanh {
+  static constexpr double kSlope = 1.5957691216057308;  // 2·√(2/π)
+  static constexpr double kCubic = 0.044715;
+  template <class V>
+  static V value(V h, const ActivationParameters<V>&) {
+    const V square = h * h;
+    return h * sigmoid(h * (broadcast<V>(kSlope * kCubic) * square + broadcast<V>(kSlope)));
+  }
+  template <class V>
+  static V gradient(V h, const ActivationParameters<V>&) {
+    const V square = h * h;
+    const auto s =
+        sigmoid_pair(h * (broadcast<V>(kSlope * kCubic) * square + broadcast<V>(kSlope)));
+    const V slope = broadcast<V>(3.0 * kSlope * kCubic) * square + broadcast<V>(kSlope);
+    return s.value + h * s.value * s.complement * slope;
+  }
+};
+
+struct Silu {
+  template <class V>
+  static V value(V h, const ActivationParameters<V>&) {
+    return h * sigmoid(h);
+  }
+  template <class V>
+  static V gradient(V h, const ActivationParameters<V>&) {
+    const auto s = sigmoid_pair(h);
+    return s.value * (broadcast<V>(1.0) + h * s.complement);
+  }
+};
+
+// h·tanh(softplus(h)). With e = exp(h) and n = e·(e + 2): tanh(softplus(h)) = n / (n + 2).
+struct Mish {
+  static constexpr double kLinear = 20.0;  // beyond it, tanh(softplus(h)) rounds to 1
+  template <class V>
+  static V value(V h, const ActivationParameters<V>&) {
+    const V two = broadcast<V>(2.0), limit = broadcast<V>(kLinear);
+    const V e = exp(select(h > limit, limit, h));
+    const V n = e * (e + two);
+    return select(h > limit, h, h * (n * reciprocal(n + two)));
+  }
+  template <class V>
+  static V gradient(V h, const ActivationParameters<V>&) {
+    const V one = broadcast<V>(1.0), two = broadcast<V>(2.0), limit = broadcast<V>(kLinear);
+    const V e = exp(select(h > limit, limit, h));
+    const V n = e * (e + two);
+    const V r = reciprocal(n + two);
+    const V t = n * r;
+    const V sech2 = broadcast<V>(4.0) * (n + one) * r * r;  // 1 − t²
+    const V slope = t + h * (e * reciprocal(one + e)) * sech2;
+    return select(h > limit, one, slope);
+  }
+};
+
+struct Sigmoid {
+  template <class V>
+  static V value(V h, const ActivationParameters<V>&) {
+    return sigmoid(h);
+  }
+  template <class V>
+  static V gradient(V h, const ActivationParameters<V>&) {
+    const auto s = sigmoid_pair(h);
+    return s.value * s.complement;
+  }
+};
+
+struct Tanh {
+  template <class V>
+  static V value(V h, const ActivationParameters<V>&) {
+    return tanh(h);
+  }
+  template <class V>
+  static V gradient(V h, const ActivationParameters<V>&) {
+    const V t = tanh(h);
+    return broadcast<V>(1.0) - t * t;
+  }
+};
+
+// min(max(h + 3, 0), 6) / 6
+struct Hardsigmoid {
+  template <class V>
+  static V value(V h, const ActivationParameters<V>&) {
+    const V zero = broadcast<V>(0.0), six = broadcast<V>(6.0), t = h + broadcast<V>(3.0);
+    return select(t < zero, zero, select(t > six, six, t)) * broadcast<V>(1.0 / 6.0);
+  }
+  template <class V>
+  static V gradient(V h, const ActivationParameters<V>&) {
+    const V zero = broadcast<V>(0.0), three = broadcast<V>(3.0);
+    const V inner = select(h < three, broadcast<V>(1.0 / 6.0), zero);
+    return select(h > -three, inner, zero);
+  }
+};
+
+struct Hardswish {
+  template <class V>
+  static V value(V h, const ActivationParameters<V>& parameters) {
+    return h * Hardsigmoid::value(h, parameters);
+  }
+  template <class V>
+  static V gradient(V h, const ActivationParameters<V>&) {
+    const V zero = broadcast<V>(0.0), one = broadcast<V>(1.0), three = broadcast<V>(3.0);
+    const V inner = h * broadcast<V>(1.0 / 3.0) + broadcast<V>(0.5);
+    return select(h <= -three, zero, select(h >= three, one, inner));
+  }
+};
+
+// log(1 + exp(β·h)) / β, linear where β·h exceeds the threshold; alpha is β, beta the threshold.
+struct Softplus {
+  template <class V>
+  static V value(V h, const ActivationParameters<V>& parameters) {
+    const V scaled = h * parameters.alpha, zero = broadcast<V>(0.0);
+    const V positive = select(scaled < zero, zero, scaled);
+    const V soft = (positive + log1p_exp(select(scaled > zero, -scaled, scaled)));
+    return select(scaled > parameters.beta, h, soft / parameters.alpha);
+  }
+  template <class V>
+  static V gradient(V h, const ActivationParameters<V>& parameters) {
+    const V scaled = h * parameters.alpha;
+    return select(scaled > parameters.beta, broadcast<V>(1.0), sigmoid(scaled));
+  }
+};
+
+// relu(h)², So et al., "Primer", 2021.
+struct ReluSquared {
+  template <class V>
+  static V value(V h, const ActivationParameters<V>& parameters) {
+    const V r = Relu::value(h, parameters);
+    return r * r;
+  }
+  template <class V>
+  static V gradient(V h, const ActivationParameters<V>& parameters) {
+    const V r = Relu::value(h, parameters);
+    return r + r;
+  }
+};
+
+// The activations in the order of their codes in fused/spec.py, 0 being none.
+#define FUSED_FOR_EACH_ACTIVATION(apply) \
+  apply(Identity) apply(Relu) apply(Relu6) apply(LeakyRelu) apply(Elu) apply(Selu) apply(Gelu) \
+      apply(GeluTanh) apply(Silu) apply(Mish) apply(Sigmoid) apply(Tanh) apply(Hardswish) \
+          apply(Hardsigmoid) apply(Softplus) apply(ReluSquared)
+
+}  // namespace fused::FUSED_TARGET

@@ -1,0 +1,72 @@
+// What the row kernels take, and the table of them that each instruction set offers.
+#pragma once
+
+#include <cstdint>
+
+namespace fused {
+
+enum class Norm : int { none = 0, layer = 1, rms = 2 };  // fused/spec.py
+enum class Storage : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
+constexpr int kStorages = 4, kActivations = 16;
+
+// y = residual + dropout(activation(norm(z + bias))) over (rows, cols).
+//
+// z, residual, dy (storage type): rows of contiguous elements, strides in elements. y, dz:
+// contiguous. bias, norm_weight, norm_bias, mean, rstd: contiguous, in the compute type (float, or
+// double for double); null where absent.
+struct RowProblem {
+  int64_t cols = 0;
+  Norm norm = Norm::none;
+  double eps = 0, alpha = 0, beta = 0;
+  uint32_t threshold = 0;  // 0: no dropout; 65536: everything is dropped
+  uint64_t seed = 0;
+  const void* z = nullptr;
+  int64_t z_stride = 0;
+  const void* bias = nullptr;
+  const void* norm_weight = nullptr;
+  const void* norm_bias = nullptr;
+  bool streaming = false;  // write past the caches; rows of the output are 64-byte aligned
+};
+
+struct RowForward : RowProblem {
+  const void* residual = nullptr;
+  int64_t residual_stride = 0;
+  void* y = nullptr;  // may be z itself
+  int64_t y_stride = 0;
+  void* mean = nullptr;  // written for layer
+  void* rstd = nullptr;  // written for layer and rms
+};
+
+struct RowBackward : RowProblem {
+  const void* dy = nullptr;
+  int64_t dy_stride = 0;
+  void* dz = nullptr;
+  const void* mean = nullptr;
+  const void* rstd = nullptr;
+};
+
+// Sums over the rows of one call, in the compute type, added to what is there; null: not wanted.
+struct ColumnSums {
+  void* norm_weight;
+  void* norm_bias;
+  void* bias;
+};
+
+// Both work on rows [begin, end). scratch holds scratch_elements(cols) compute-type elements.
+using ForwardKernel = void (*)(const RowForward&, int64_t begin, int64_t end, void* scratch);
+using BackwardKernel = void (*)(const RowBackward&, int64_t begin, int64_t end,
+                                const ColumnSums&, void* scratch);
+
+constexpr int64_t scratch_elements(int64_t cols) { return 2 * ((cols + 63) / 64 * 64); }
+
+struct RowKernels {
+  const char* name;
+  ForwardKernel forward[kStorages][kActivations];
+  BackwardKernel backward[kStorages][kActivations];
+};
+
+const RowKernels& row_kernels_portable();
+const RowKernels& row_kernels_avx2();
+const RowKernels& row_kernels_avx512();
+
+}  // namespace fused

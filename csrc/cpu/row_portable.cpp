@@ -1,0 +1,11 @@
+// The row kernels for the baseline instruction set.
+#include "row_kernels.h"
+
+namespace fused {
+
+const RowKernels& row_kernels_portable() {
+  static const RowKernels kernels = portable::make_row_kernels("portable");
+  return kernels;
+}
+
+}  // namespace fused

@@ -1,0 +1,432 @@
+// The CPU implementations of the row operators (schemas: fused/ops.py), on libtorch's stable ABI.
+//
+// This file allocates, chooses the instruction set and splits the rows over threads; the
+// arithmetic is in cpu/row_kernels.h.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "cpu/row.h"
+
+namespace fused {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- instruction set ----
+
+const RowKernels* find_kernels(const std::string& name) {
+  if (name == "portable") return &row_kernels_portable();
+#if !defined(FUSED_PORTABLE_ONLY)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (name == "avx2" && avx2) return &row_kernels_avx2();
+  if (name == "avx512" && avx512) return &row_kernels_avx512();
+#endif
+  return nullptr;
+}
+
+const RowKernels* best_kernels() {
+  const char* wanted = std::getenv("FUSED_CPU_ISA");
+  if (wanted && *wanted) {
+    if (const RowKernels* kernels = find_kernels(wanted)) return kernels;
+    std::fprintf(stderr,
+                 "fused: FUSED_CPU_ISA=%s is not served by this machine; known: avx512, avx2, "
+                 "portable. The best one it has is used.\n",
+                 wanted);
+  }
+  for (const char* name : {"avx512", "avx2"}) {
+    if (const RowKernels* kernels = find_kernels(name)) return kernels;
+  }
+  return &row_kernels_portable();
+}
+
+const RowKernels*& active_kernels() {
+  static const RowKernels* kernels = best_kernels();
+  return kernels;
+}
+
+// ---- memory ----
+
+// Beyond malloc's largest heap allocation every tensor is a fresh mapping, and touching it in 4 KiB
+// pages costs more than the kernel itself.
+constexpr size_t kHugePageThreshold = size_t{32} << 20;
+constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+
+Tensor new_tensor(std::initializer_list<int64_t> sizes, int32_t dtype, const Tensor& like) {
+  int64_t strides[2] = {1, 1};
+  if (sizes.size() == 2) strides[0] = *(sizes.begin() + 1);
+  AtenTensorHandle handle;
+  int32_t device_type, device_index;
+  aoti_torch_get_device_type(like.get(), &device_type);
+  aoti_torch_get_device_index(like.get(), &device_index);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, device_type, device_index,
+      &handle));
+  Tensor tensor(handle);
+  const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
+  if (bytes >= kHugePageThreshold) {
+    const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+    const uintptr_t first = (start + kHugePage - 1) & ~(kHugePage - 1);
+    const uintptr_t last = (start + bytes) & ~(kHugePage - 1);
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+  return tensor;
+}
+
+// A buffer of the calling thread that survives the call; slot tells independent uses apart.
+void* thread_buffer(int slot, size_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> buffers[5];
+  thread_local size_t sizes[5] = {};
+  if (sizes[slot] < bytes) {
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    buffers[slot].reset(std::aligned_alloc(64, rounded));
+    STD_TORCH_CHECK(buffers[slot] != nullptr, "fused: out of memory for ", rounded, " bytes");
+    sizes[slot] = rounded;
+  }
+  return buffers[slot].get();
+}
+
+size_t last_level_cache() {
+  static const size_t bytes = [] {
+    const long found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    return found > 0 ? static_cast<size_t>(found) : size_t{32} << 20;
+  }();
+  return bytes;
+}
+
+bool worth_streaming(const Tensor& out) {
+  const size_t row = static_cast<size_t>(out.size(1)) * out.element_size();
+  return row % 64 == 0 && reinterpret_cast<uintptr_t>(out.data_ptr()) % 64 == 0 &&
+         row * static_cast<size_t>(out.size(0)) > last_level_cache();
+}
+
+// ---- arguments ----
+
+Storage storage_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Storage::f32;
+    case ScalarType::BFloat16:
+      return Storage::bf16;
+    case ScalarType::Half:
+      return Storage::f16;
+    case ScalarType::Double:
+      return Storage::f64;
+    default:
+      STD_TORCH_CHECK(false, "fused: the C++ kernels take float32, bfloat16, float16 or float64");
+  }
+}
+
+int32_t compute_dtype(Storage storage) {
+  return storage == Storage::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+float half_to_float(uint16_t half) {
+  const uint32_t magnitude = (half & 0x7FFFu) << 13;
+  uint32_t bits = magnitude | 0x7F800000u;
+  if (magnitude < 0x0F800000u) {
+    float scaled;
+    memcpy(&scaled, &magnitude, 4);
+    scaled *= 0x1p112f;
+    memcpy(&bits, &scaled, 4);
+  }
+  bits |= (half & 0x8000u) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+template <class C>
+C element_of(const Tensor& tensor, Storage storage, const void* data, int64_t i) {
+  switch (storage) {
+    case Storage::f32:
+      return static_cast<C>(static_cast<const float*>(data)[i]);
+    case Storage::f64:
+      return static_cast<C>(static_cast<const double*>(data)[i]);
+    case Storage::bf16: {
+      const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16;
+      float value;
+      memcpy(&value, &bits, 4);
+      return static_cast<C>(value);
+    }
+    case Storage::f16:
+      return static_cast<C>(half_to_float(static_cast<const uint16_t*>(data)[i]));
+  }
+  STD_TORCH_CHECK(false, "unreachable dtype ", static_cast<int>(tensor.scalar_type()));
+}
+
+// A (cols,) parameter in the compute type: itself, or converted into a buffer of this thread.
+const void* column_array(const OptionalTensor& tensor, Storage compute, int slot, int64_t cols) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(tensor->numel() == cols && tensor->is_contiguous(),
+                  "fused: a per-column parameter must be contiguous with ", cols, " elements, got ",
+                  tensor->numel());
+  const Storage storage = storage_of(*tensor);
+  const void* data = tensor->data_ptr();
+  if (storage == compute) return data;
+  if (compute == Storage::f64) {
+    double* out = static_cast<double*>(thread_buffer(slot, sizeof(double) * cols));
+    for (int64_t i = 0; i < cols; ++i) out[i] = element_of<double>(*tensor, storage, data, i);
+    return out;
+  }
+  float* out = static_cast<float*>(thread_buffer(slot, sizeof(float) * cols));
+  for (int64_t i = 0; i < cols; ++i) out[i] = element_of<float>(*tensor, storage, data, i);
+  return out;
+}
+
+int64_t checked_row_stride(const Tensor& tensor, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == like.size(0) &&
+                      tensor.size(1) == like.size(1),
+                  "fused: ", name, " must be (", like.size(0), ", ", like.size(1), ")");
+  STD_TORCH_CHECK(tensor.stride(1) == 1 || tensor.size(1) <= 1, "fused: ", name,
+                  " must have contiguous rows");
+  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), "fused: ", name,
+                  " must have the dtype of z");
+  return tensor.stride(0);
+}
+
+struct Scalars {
+  int64_t norm;
+  double eps;
+  int64_t activation;
+  double alpha, beta;
+  int64_t threshold;
+};
+
+void fill_problem(RowProblem& problem, const Tensor& z, const OptionalTensor& bias,
+                  const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                  const OptionalTensor& seed, const Scalars& scalars) {
+  const Storage compute = storage_of(z) == Storage::f64 ? Storage::f64 : Storage::f32;
+  STD_TORCH_CHECK(z.dim() == 2, "fused: z must be (rows, cols), got ", z.dim(), " dimensions");
+  STD_TORCH_CHECK(scalars.norm >= 0 && scalars.norm <= 2, "fused: unknown norm code ",
+                  scalars.norm);
+  STD_TORCH_CHECK(scalars.activation >= 0 && scalars.activation < kActivations,
+                  "fused: unknown activation code ", scalars.activation);
+  STD_TORCH_CHECK(scalars.threshold >= 0 && scalars.threshold <= 65536,
+                  "fused: the dropout threshold must be in [0, 65536], got ", scalars.threshold);
+  problem.cols = z.size(1);
+  problem.norm = static_cast<Norm>(scalars.norm);
+  problem.eps = scalars.eps;
+  problem.alpha = scalars.alpha;
+  problem.beta = scalars.beta;
+  problem.threshold = static_cast<uint32_t>(scalars.threshold);
+  if (problem.threshold) {
+    STD_TORCH_CHECK(seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
+                    "fused: dropout needs a seed, an int64 tensor of one element");
+    memcpy(&problem.seed, seed->data_ptr(), sizeof(problem.seed));
+  }
+  problem.z = z.data_ptr();
+  problem.z_stride = checked_row_stride(z, z, "z");
+  problem.bias = column_array(bias, compute, 0, problem.cols);
+  problem.norm_weight = column_array(norm_weight, compute, 1, problem.cols);
+  problem.norm_bias = column_array(norm_bias, compute, 2, problem.cols);
+}
+
+// ---- forward ----
+
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t kGrain = 16384;
+
+void run_forward(const RowForward& problem, int64_t rows, Storage storage, int64_t activation) {
+  const ForwardKernel kernel = active_kernels()->forward[static_cast<int>(storage)][activation];
+  const size_t scratch = sizeof(double) * scratch_elements(problem.cols);
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, problem.cols));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    kernel(problem, begin, end, thread_buffer(3, scratch));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> row_forward(
+    Tensor z, OptionalTensor bias, OptionalTensor norm_weight, OptionalTensor norm_bias,
+    OptionalTensor residual, OptionalTensor seed, int64_t norm, double eps, int64_t activation,
+    double alpha, double beta, int64_t threshold) {
+  RowForward problem;
+  fill_problem(problem, z, bias, norm_weight, norm_bias, seed,
+               {norm, eps, activation, alpha, beta, threshold});
+  const Storage storage = storage_of(z);
+  const int64_t rows = z.size(0), cols = z.size(1);
+  int32_t dtype;
+  aoti_torch_get_dtype(z.get(), &dtype);
+  Tensor y = new_tensor({rows, cols}, dtype, z);
+  Tensor mean = new_tensor({problem.norm == Norm::layer ? rows : 0}, compute_dtype(storage), z);
+  Tensor rstd = new_tensor({problem.norm != Norm::none ? rows : 0}, compute_dtype(storage), z);
+  if (rows && cols) {
+    if (residual) {
+      problem.residual = residual->data_ptr();
+      problem.residual_stride = checked_row_stride(*residual, z, "residual");
+    }
+    problem.y = y.data_ptr();
+    problem.y_stride = cols;
+    problem.mean = mean.data_ptr();
+    problem.rstd = rstd.data_ptr();
+    problem.streaming = worth_streaming(y);
+    run_forward(problem, rows, storage, activation);
+  }
+  return {y, mean, rstd};
+}
+
+// Writes y over z, for inference: no output to allocate, no fresh pages to touch.
+void row_forward_inplace(Tensor z, OptionalTensor bias, OptionalTensor norm_weight,
+                         OptionalTensor norm_bias, OptionalTensor residual, OptionalTensor seed,
+                         int64_t norm, double eps, int64_t activation, double alpha, double beta,
+                         int64_t threshold) {
+  RowForward problem;
+  fill_problem(problem, z, bias, norm_weight, norm_bias, seed,
+               {norm, eps, activation, alpha, beta, threshold});
+  const Storage storage = storage_of(z);
+  const int64_t rows = z.size(0);
+  if (!rows || !z.size(1)) return;
+  if (residual) {
+    problem.residual = residual->data_ptr();
+    problem.residual_stride = checked_row_stride(*residual, z, "residual");
+  }
+  problem.y = z.data_ptr();
+  problem.y_stride = problem.z_stride;
+  double* statistics = static_cast<double*>(thread_buffer(4, 2 * sizeof(double) * rows));
+  problem.mean = statistics;
+  problem.rstd = statistics + rows;
+  run_forward(problem, rows, storage, activation);
+}
+
+// ---- backward ----
+
+// Column sums are taken over chunks of rows, then over the chunks in order. The chunks depend on
+// the number of rows alone, so the bits do not change with the number of threads.
+constexpr int64_t kRowsPerChunk = 32, kMaxChunks = 64;
+
+template <class C>
+void add_chunks(const C* partial, int64_t chunks, int64_t cols, C* out) {
+  torch::stable::parallel_for(0, cols, std::max<int64_t>(64, kGrain / chunks),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+                                  const C* row = partial + chunk * cols;
+                                  for (int64_t i = begin; i < end; ++i) out[i] += row[i];
+                                }
+                              });
+}
+
+// The sum of one parameter's gradient: (chunks, cols) partials, of which the first row becomes the
+// result; an empty tensor where the parameter is absent.
+struct PartialSum {
+  PartialSum(bool wanted, int64_t chunks, int64_t cols, int32_t dtype, const Tensor& like)
+      : partial(new_tensor({wanted ? chunks : 0, cols}, dtype, like)), wanted(wanted) {
+    if (wanted) memset(partial.data_ptr(), 0, partial.numel() * partial.element_size());
+  }
+  void* at(int64_t chunk, int64_t cols) const {
+    return wanted ? static_cast<char*>(partial.data_ptr()) + chunk * cols * partial.element_size()
+                  : nullptr;
+  }
+  Tensor partial;
+  bool wanted;
+};
+
+Tensor finish_sum(const PartialSum& sum, int64_t chunks, int64_t cols, Storage compute,
+                  const OptionalTensor& parameter) {
+  if (!sum.wanted) return new_tensor({0}, compute_dtype(compute), sum.partial);
+  if (chunks > 1 && compute == Storage::f64) {
+    double* data = static_cast<double*>(sum.partial.data_ptr());
+    add_chunks(data, chunks, cols, data);
+  } else if (chunks > 1) {
+    float* data = static_cast<float*>(sum.partial.data_ptr());
+    add_chunks(data, chunks, cols, data);
+  }
+  int32_t dtype, partial_dtype;
+  aoti_torch_get_dtype(parameter->get(), &dtype);
+  aoti_torch_get_dtype(sum.partial.get(), &partial_dtype);
+  Tensor out = new_tensor({cols}, dtype, sum.partial);
+  if (dtype == partial_dtype) {
+    memcpy(out.data_ptr(), sum.partial.data_ptr(), cols * out.element_size());
+  } else {
+    const Tensor first = torch::stable::select(sum.partial, 0, 0);
+    torch::stable::copy_(out, first);
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
+    Tensor dy, Tensor z, OptionalTensor bias, OptionalTensor norm_weight, OptionalTensor norm_bias,
+    Tensor mean, Tensor rstd, OptionalTensor seed, int64_t norm, double eps, int64_t activation,
+    double alpha, double beta, int64_t threshold) {
+  RowBackward problem;
+  fill_problem(problem, z, bias, norm_weight, norm_bias, seed,
+               {norm, eps, activation, alpha, beta, threshold});
+  const Storage storage = storage_of(z);
+  const Storage compute = storage == Storage::f64 ? Storage::f64 : Storage::f32;
+  const int64_t rows = z.size(0), cols = z.size(1);
+  int32_t dtype;
+  aoti_torch_get_dtype(z.get(), &dtype);
+  problem.dy = dy.data_ptr();
+  problem.dy_stride = checked_row_stride(dy, z, "dy");
+  problem.mean = mean.data_ptr();
+  problem.rstd = rstd.data_ptr();
+
+  const int64_t per_chunk = std::max(kRowsPerChunk, (rows + kMaxChunks - 1) / kMaxChunks);
+  const int64_t chunks = std::max<int64_t>(1, (rows + per_chunk - 1) / per_chunk);
+  Tensor dz = new_tensor({rows, cols}, dtype, z);
+  const bool normed = problem.norm != Norm::none;
+  const int32_t sum_dtype = compute_dtype(compute);
+  const PartialSum dweight(norm_weight.has_value() && normed, chunks, cols, sum_dtype, z);
+  const PartialSum dnorm_bias(norm_bias.has_value() && normed, chunks, cols, sum_dtype, z);
+  const PartialSum dbias(bias.has_value(), chunks, cols, sum_dtype, z);
+  if (rows && cols) {
+    problem.dz = dz.data_ptr();
+    problem.streaming = worth_streaming(dz);
+    const BackwardKernel kernel =
+        active_kernels()->backward[static_cast<int>(storage)][activation];
+    const size_t scratch = sizeof(double) * scratch_elements(cols);
+    const int64_t grain = std::max<int64_t>(1, kGrain / (per_chunk * cols));
+    torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        const ColumnSums sums{dweight.at(chunk, cols), dnorm_bias.at(chunk, cols),
+                              dbias.at(chunk, cols)};
+        kernel(problem, chunk * per_chunk, std::min(rows, (chunk + 1) * per_chunk), sums,
+               thread_buffer(3, scratch));
+      }
+    });
+  }
+  return {dz, finish_sum(dweight, chunks, cols, compute, norm_weight),
+          finish_sum(dnorm_bias, chunks, cols, compute, norm_bias),
+          finish_sum(dbias, chunks, cols, compute, bias)};
+}
+
+}  // namespace
+
+// Called by fused/backend.py through ctypes: neither takes part in a computation.
+extern "C" __attribute__((visibility("default"))) const char* fused_cpu_isa() {
+  return active_kernels()->name;
+}
+
+extern "C" __attribute__((visibility("default"))) int fused_set_cpu_isa(const char* name) {
+  const RowKernels* kernels = find_kernels(name);
+  if (kernels) active_kernels() = kernels;
+  return kernels != nullptr;
+}
+
+}  // namespace fused
+
+STABLE_TORCH_LIBRARY_IMPL(fused_lnad, CPU, m) {
+  m.impl("row_forward", TORCH_BOX(&fused::row_forward));
+  m.impl("row_forward_", TORCH_BOX(&fused::row_forward_inplace));
+  m.impl("row_backward", TORCH_BOX(&fused::row_backward));
+}

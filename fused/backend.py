@@ -1,0 +1,168 @@
+"""Which backend serves a device and dtype, and the sentence that says why not a faster one.
+
+    triton     CUDA tensors: float32, bfloat16, float16
+    cpp        CPU tensors: float32, bfloat16, float16, float64
+    reference  everything else, in plain torch
+
+`FUSED_BACKEND` in the environment or `use_backend(...)` asks for one of them; a backend that cannot
+serve a tensor gives way to the reference, and `why_not` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from . import ops as _ops  # noqa: F401  defines the schemas that the extension implements
+
+BACKENDS = ("auto", "triton", "cuda", "cpp", "reference")
+_DTYPES = {
+    "cpp": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
+_DEVICE_OF = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
+_EXTENSION = Path(__file__).parent / "_C.abi3.so"
+_REBUILD = (
+    "install a C++20 compiler and run 'pip install --no-build-isolation --force-reinstall"
+    " --no-deps fused-lnad' (or the same with '.' in a checkout)"
+)
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+    return name
+
+
+def _load_extension() -> tuple[ctypes.CDLL | None, str]:
+    """Loads the C++ kernels; returns the library, or None and the reason."""
+    if os.environ.get("FUSED_DISABLE_EXT") == "1":
+        return None, "FUSED_DISABLE_EXT=1 is set"
+    if not _EXTENSION.exists():
+        return None, f"the C++ extension was not built; {_REBUILD}"
+    try:
+        torch.ops.load_library(str(_EXTENSION))
+        library = ctypes.CDLL(str(_EXTENSION))
+    except (OSError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        return None, f"the C++ extension does not load ({first}); {_REBUILD}"
+    library.fused_cpu_isa.restype = ctypes.c_char_p
+    library.fused_set_cpu_isa.argtypes = [ctypes.c_char_p]
+    return library, ""
+
+
+_extension, _extension_reason = _load_extension()
+_requested = _checked(os.environ.get("FUSED_BACKEND", "auto"))
+# (device type, dtype) → backend, for the backend requested; emptied when that changes.
+_chosen: dict[tuple[str, torch.dtype], str] = {}
+
+
+def cpu_isa() -> str | None:
+    """The instruction set of the C++ kernels: avx512, avx2 or portable; None without them."""
+    return _extension.fused_cpu_isa().decode() if _extension else None
+
+
+def set_cpu_isa(name: str) -> None:
+    """Makes the C++ kernels use avx512, avx2 or portable code (for tests and measurements).
+
+    Raises:
+        ValueError: the machine or the build does not have it.
+    """
+    if _extension is None or not _extension.fused_set_cpu_isa(name.encode()):
+        raise ValueError(
+            f"instruction set {name!r} is not available here; known: avx512, avx2, portable"
+        )
+
+
+@lru_cache(maxsize=1)
+def _triton_reason() -> str:
+    """Why Triton cannot be used, or the empty string. Tries it once, on a real tensor."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if find_spec("triton") is None:
+        return "triton is not installed; run 'pip install triton'"
+    try:
+        from .kernels import row
+
+        z = torch.zeros(1, 16, device="cuda")
+        row.row_forward(z, None, None, None, None, None, 1, 1e-5, 0, 0.0, 0.0, 0)
+    except (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError) as error:
+        text = str(error).strip()
+        first = text.splitlines()[0] if text else type(error).__name__
+        return f"a first Triton kernel failed ({first}); check the driver and the C compiler"
+    return ""
+
+
+def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str:
+    """The sentence that says why a backend cannot serve this device and dtype; empty if it can."""
+    if backend == "reference":
+        return ""
+    if backend == "cuda":
+        return "this build has no CUDA C++ kernels; use triton"
+    if device_type != _DEVICE_OF[backend]:
+        return f"{backend} serves {_DEVICE_OF[backend]} tensors, not {device_type}"
+    if dtype not in _DTYPES[backend]:
+        served = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[backend])
+        return f"{backend} serves {served}, not {str(dtype).removeprefix('torch.')}"
+    return _extension_reason if backend == "cpp" else _triton_reason()
+
+
+def _choose(device_type: str, dtype: torch.dtype) -> str:
+    if _requested == "auto":
+        candidates = [name for name, device in _DEVICE_OF.items() if device == device_type]
+    else:
+        candidates = [_requested]
+    reasons = {}
+    for name in candidates:
+        reason = why_not(name, device_type, dtype)
+        if not reason:
+            return name
+        reasons[name] = reason
+    # Said once: a machine that could be faster, or a request that cannot be met.
+    served = device_type in _DEVICE_OF.values() and dtype.is_floating_point
+    if reasons and (_requested != "auto" or served):
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        warnings.warn(
+            f"fused: {device_type} {str(dtype).removeprefix('torch.')} runs in plain torch, "
+            f"right but slower ({why})",
+            stacklevel=2,
+        )
+    return "reference"
+
+
+def choose(device_type: str, dtype: torch.dtype) -> str:
+    """The backend that serves tensors of this device type and dtype."""
+    key = (device_type, dtype)
+    backend = _chosen.get(key)
+    if backend is None:
+        backend = _chosen[key] = _choose(device_type, dtype)
+    return backend
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Asks for one backend inside the block.
+
+    Args:
+        name: "auto", "triton", "cuda", "cpp" or "reference". What the backend cannot serve runs in
+            the reference, with a warning that says why.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    global _requested  # noqa: PLW0603
+    previous, _requested = _requested, _checked(name)
+    _chosen.clear()
+    try:
+        yield
+    finally:
+        _requested = previous
+        _chosen.clear()

@@ -1,0 +1,92 @@
+"""The raw operators: schemas, fake kernels, and the Triton implementations.
+
+The C++ implementations register themselves when the extension is loaded (csrc/ops.cpp). The
+operators are opaque to torch.compile and know nothing of autograd (autograd.py does).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("fused_lnad", "DEF")
+
+_PARAMETERS = "Tensor? bias, Tensor? norm_weight, Tensor? norm_bias"
+_SCALARS = "int norm, float eps, int activation, float alpha, float beta, int threshold"
+_library.define(
+    f"row_forward(Tensor z, {_PARAMETERS}, Tensor? residual, Tensor? seed, {_SCALARS})"
+    " -> (Tensor y, Tensor mean, Tensor rstd)"
+)
+_library.define(
+    f"row_forward_(Tensor(a!) z, {_PARAMETERS}, Tensor? residual, Tensor? seed, {_SCALARS}) -> ()"
+)
+_library.define(
+    f"row_backward(Tensor dy, Tensor z, {_PARAMETERS}, Tensor mean, Tensor rstd, Tensor? seed,"
+    f" {_SCALARS}) -> (Tensor dz, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dbias)"
+)
+
+_OptionalTensor = Tensor | None
+
+
+def _statistics_dtype(z: Tensor) -> torch.dtype:
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("fused_lnad::row_forward")
+def _(z, bias, norm_weight, norm_bias, residual, seed, norm, eps, activation, alpha, beta, t):
+    dtype = _statistics_dtype(z)
+    mean = z.new_empty(z.shape[:1] if norm == 1 else (0,), dtype=dtype)
+    rstd = z.new_empty(z.shape[:1] if norm else (0,), dtype=dtype)
+    return z.new_empty(z.shape), mean, rstd
+
+
+@torch.library.register_fake("fused_lnad::row_forward_")
+def _(z, bias, norm_weight, norm_bias, residual, seed, norm, eps, activation, alpha, beta, t):
+    return None
+
+
+@torch.library.register_fake("fused_lnad::row_backward")
+def _(dy, z, bias, norm_weight, norm_bias, mean, rstd, seed, norm, eps, act, alpha, beta, t):
+    dtype = _statistics_dtype(z)
+
+    def gradient(parameter: Tensor | None, wanted: bool) -> Tensor:
+        if parameter is None or not wanted:
+            return z.new_empty((0,), dtype=dtype)
+        return parameter.new_empty((z.shape[1],))
+
+    return (
+        z.new_empty(z.shape),
+        gradient(norm_weight, norm != 0),
+        gradient(norm_bias, norm != 0),
+        gradient(bias, True),
+    )
+
+
+# ---- CUDA tensors: Triton; kernels/ is imported at the first call, not at import ----
+
+
+def _triton_row_forward(z: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+    from .kernels import row
+
+    return row.row_forward(z, *args)
+
+
+def _triton_row_forward_(z: Tensor, *args: object) -> None:
+    from .kernels import row
+
+    z.copy_(row.row_forward(z, *args)[0])
+
+
+def _triton_row_backward(dy: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .kernels import row
+
+    return row.row_backward(dy, *args)
+
+
+_library.impl("row_forward", _triton_row_forward, "CUDA")
+_library.impl("row_forward_", _triton_row_forward_, "CUDA")
+_library.impl("row_backward", _triton_row_backward, "CUDA")
+
+row_forward = torch.ops.fused_lnad.row_forward.default
+row_forward_ = torch.ops.fused_lnad.row_forward_.default
+row_backward = torch.ops.fused_lnad.row_backward.default

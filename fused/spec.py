@@ -1,0 +1,146 @@
+"""The one list of norms and activations, and the `Epilogue` that every layer below passes on.
+
+Vocabulary, here and in every layer: z (rows, cols) is what the epilogue reads (x·weightᵀ, before the
+linear bias), y is what it writes, and
+
+    y = residual + dropout(activation(norm(z + bias)))
+
+Adding an activation: one entry here, one pair in kernels/activation.py, one struct in
+csrc/activation.h, one line in reference.py. tests/test_architecture.py fails until all exist.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One activation: its code in the operators, its torch module, and its parameters.
+
+    `parameters` maps torch's argument names to their defaults, in the order in which the operators
+    take them (`alpha` first, `beta` second; absent ones are passed as 0).
+    """
+
+    code: int
+    module: type[nn.Module] | None
+    parameters: tuple[tuple[str, float], ...] = ()
+
+
+# relu_squared has no torch module; nn.GELU stands for both gelu and gelu_tanh (its `approximate`).
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": Activation(1, nn.ReLU),
+    "relu6": Activation(2, nn.ReLU6),
+    "leaky_relu": Activation(3, nn.LeakyReLU, (("negative_slope", 0.01),)),
+    "elu": Activation(4, nn.ELU, (("alpha", 1.0),)),
+    "selu": Activation(5, nn.SELU),
+    "gelu": Activation(6, nn.GELU),
+    "gelu_tanh": Activation(7, nn.GELU),
+    "silu": Activation(8, nn.SiLU),
+    "mish": Activation(9, nn.Mish),
+    "sigmoid": Activation(10, nn.Sigmoid),
+    "tanh": Activation(11, nn.Tanh),
+    "hardswish": Activation(12, nn.Hardswish),
+    "hardsigmoid": Activation(13, nn.Hardsigmoid),
+    "softplus": Activation(14, nn.Softplus, (("beta", 1.0), ("threshold", 20.0))),
+    "relu_squared": Activation(15, None),
+}
+ACTIVATION_CODES: dict[str | None, int] = {None: 0} | {k: a.code for k, a in ACTIVATIONS.items()}
+ACTIVATION_NAMES: dict[int, str | None] = {code: name for name, code in ACTIVATION_CODES.items()}
+
+# Norms whose statistics run along a row of the (rows, cols) view.
+NORM_CODES: dict[str | None, int] = {None: 0, "layer": 1, "rms": 2}
+NORM_NAMES: dict[int, str | None] = {code: name for name, code in NORM_CODES.items()}
+
+# A dropout decision compares a 16-bit random number with this many thresholds.
+DROPOUT_LEVELS = 1 << 16
+
+
+def dropout_threshold(p: float) -> int:
+    """The 16-bit threshold t of dropout probability p: an element is kept when its number is ≥ t."""
+    return round(p * DROPOUT_LEVELS)
+
+
+def dropout_scale(threshold: int) -> float:
+    """The exact inverse of the realised keep probability; 0 where everything is dropped."""
+    return DROPOUT_LEVELS / (DROPOUT_LEVELS - threshold) if threshold < DROPOUT_LEVELS else 0.0
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to z: norm, activation and dropout, with their scalars.
+
+    `alpha` and `beta` are the activation's parameters in the order of `Activation.parameters`.
+    `threshold` is dropout's (0: no dropout, 65536: everything is dropped).
+    """
+
+    norm: str | None = None
+    eps: float = 0.0
+    activation: str | None = None
+    alpha: float = 0.0
+    beta: float = 0.0
+    threshold: int = 0
+
+    @property
+    def codes(self) -> tuple[int, float, int, float, float, int]:
+        """The operators' scalar arguments, in their order."""
+        return (
+            NORM_CODES[self.norm],
+            self.eps,
+            ACTIVATION_CODES[self.activation],
+            self.alpha,
+            self.beta,
+            self.threshold,
+        )
+
+
+def activation_parameters(activation: str | None, given: dict[str, float]) -> tuple[float, float]:
+    """The two operator parameters of an activation, from torch's argument names.
+
+    Raises:
+        ValueError: unknown activation (the message lists the known ones).
+        TypeError: a parameter that this activation does not have, or that is not a number.
+    """
+    if activation is None:
+        known: tuple[tuple[str, float], ...] = ()
+    elif activation in ACTIVATIONS:
+        known = ACTIVATIONS[activation].parameters
+    else:
+        raise ValueError(
+            f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}, or None"
+        )
+    for name, value in given.items():
+        if name not in dict(known):
+            takes = ", ".join(k for k, _ in known) or "no parameters"
+            raise TypeError(f"activation {activation!r} takes {takes}; got {name!r}")
+        if not isinstance(value, (int, float)) or math.isnan(value):
+            raise TypeError(f"activation {activation!r}: {name} must be a number, got {value!r}")
+    values = [float(given.get(name, default)) for name, default in known] + [0.0, 0.0]
+    return values[0], values[1]
+
+
+@lru_cache(maxsize=4096)
+def make_epilogue(
+    norm: str | None,
+    eps: float,
+    activation: str | None,
+    p: float,
+    parameters: tuple[tuple[str, float], ...] = (),
+) -> Epilogue:
+    """A checked `Epilogue`; p is the dropout probability (0 in evaluation).
+
+    Raises:
+        ValueError: unknown norm or activation, or p outside [0, 1].
+        TypeError: a parameter that the activation does not have.
+    """
+    if norm not in NORM_CODES:
+        names = ", ".join(repr(k) for k in NORM_CODES if k)
+        raise ValueError(f"unknown norm {norm!r}; known: {names}, or None")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    alpha, beta = activation_parameters(activation, dict(parameters))
+    return Epilogue(norm, float(eps), activation, alpha, beta, dropout_threshold(p))

@@ -1,0 +1,13 @@
+"""Triton kernels of the fused chain; installed as `fused.kernels`.
+
+One direction only: row.py → activation.py, norm.py, dropout.py, tuning.py → ..spec. Nothing here
+checks what a user passed (functional.py does) and nothing here knows autograd (autograd.py does).
+"""
+
+# setuptools maps this folder to `fused.kernels` (package_dir): a top-level `kernels` in
+# site-packages would overwrite Hugging Face's package of that name.
+if __name__ != "fused.kernels":
+    raise ImportError(
+        f"this folder is the package fused.kernels and cannot be imported as {__name__!r}: "
+        "install the project (pip install -e .) and import fused.kernels"
+    )

@@ -1,0 +1,75 @@
+"""Layer and RMS norm along the rows of a tile: statistics, application, gradient.
+
+    layer: xhat = (x - mean) rstd,  rstd = 1/sqrt(mean((x - mean)²) + eps)
+    rms:   xhat = x rstd,           rstd = 1/sqrt(mean(x²) + eps)
+    h = xhat weight + bias
+
+    gradient, with g = dh weight:   layer: dx = (g - mean(g) - xhat mean(g xhat)) rstd
+                                    rms:   dx = (g           - xhat mean(g xhat)) rstd
+
+The variance is taken in a second pass over the tile, or merged block by block (Chan, Golub,
+LeVeque, "Algorithms for computing the sample variance", 1983), never as E[x²] - E[x]².
+Formula of the gradient: Ba, Kiros, Hinton, "Layer normalization", 2016, differentiated.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def centre(x, mean, column_mask, NORM: tl.constexpr, EVEN_N: tl.constexpr):
+    """x - mean for layer norm with zeros in the padding columns, x for rms norm."""
+    if NORM != "layer":
+        return x
+    elif EVEN_N:
+        return x - mean[:, None]
+    else:
+        return tl.where(column_mask[None, :], x - mean[:, None], 0.0)
+
+
+@triton.jit
+def row_statistics(x, column_mask, cols, eps, NORM: tl.constexpr, EVEN_N: tl.constexpr):
+    """(x - mean, mean, rstd) of the rows of a tile that holds them whole: [M, N], [M], [M].
+
+    Padding columns of x must be 0. The mean of rms norm is 0.
+    """
+    if NORM == "layer":
+        mean = tl.sum(x, 1) / cols
+    else:
+        mean = tl.zeros((x.shape[0],), tl.float32)
+    centred = centre(x, mean, column_mask, NORM, EVEN_N)
+    return centred, mean, tl.rsqrt(tl.sum(centred * centred, 1) / cols + eps)
+
+
+@triton.jit
+def merge_statistics(x, column_mask, seen, new, mean, m2, NORM: tl.constexpr):
+    """Running mean and sum of squared deviations of `seen` columns, after `new` more in x."""
+    if NORM == "layer":
+        block_mean = tl.sum(x, 1) / new
+        centred = centre(x, block_mean, column_mask, NORM, False)
+        delta = block_mean - mean
+        share = new / (seen + new)
+        m2 += tl.sum(centred * centred, 1) + delta * delta * (seen * share)
+        mean += delta * share
+    else:
+        m2 += tl.sum(x * x, 1)
+    return mean, m2
+
+
+@triton.jit
+def row_gradient_means(g, xhat, cols, NORM: tl.constexpr):
+    """(mean of g, mean of g xhat) along the rows: [M], [M]. The first is 0 for rms norm."""
+    if NORM == "layer":
+        mean_g = tl.sum(g, 1) / cols
+    else:
+        mean_g = tl.zeros((g.shape[0],), tl.float32)
+    return mean_g, tl.sum(g * xhat, 1) / cols
+
+
+@triton.jit
+def row_gradient(g, xhat, rstd, mean_g, mean_gx, NORM: tl.constexpr):
+    """The gradient with respect to the norm's input: [M, N]."""
+    dx = g - xhat * mean_gx[:, None]
+    if NORM == "layer":
+        dx = dx - mean_g[:, None]
+    return dx * rstd[:, None]

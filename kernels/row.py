@@ -1,0 +1,265 @@
+"""Forward of the row epilogue: one pass over memory, statistics along a row.
+
+    y = residual + dropout(activation(norm(z + bias)))        over (rows, cols)
+
+`_row_fwd_kernel` holds whole rows in one tile (several short rows at a time); without a norm a tile
+is any part of a row. `_row_fwd_loop_kernel` walks wider rows twice and finds the second reading in
+L2. Everything is float32 between one load and one rounding at the store.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..spec import ACTIVATION_NAMES, NORM_NAMES
+from . import tuning
+from .activation import activate
+from .dropout import dropout_multiplier
+from .norm import centre, merge_statistics, row_statistics
+
+# Runtime integers whose value must not compile a new kernel: alignment is passed as ALIGN instead.
+FORWARD_INTEGERS = ("rows", "cols", "stride_zm", "stride_rm", "threshold")
+
+
+@triton.jit
+def row_offset(row, stride, ALIGN: tl.constexpr):
+    """64-bit offsets of the rows, [BLOCK_M, 1], with the divisibility that the host has checked."""
+    return tl.multiple_of(row * stride, ALIGN)[:, None]
+
+
+@triton.jit
+def load_optional(ptr, column, column_mask):
+    """A (cols,) parameter as float32 [1, BLOCK_N], or None where it is absent.
+
+    Two-dimensional on purpose: in a one-row tile the load then takes the layout of z's tile, also
+    when the parameter is float32 and z is bf16, and nothing has to be rearranged.
+    """
+    if ptr is None:
+        return None
+    else:
+        return tl.load(ptr + column[None, :], mask=column_mask[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_tile(ptr, offset, mask, bias):
+    """A float32 tile of z, plus the linear bias where there is one."""
+    x = tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        x += bias
+    return x
+
+
+@triton.jit
+def affine(xhat, norm_weight, norm_bias):
+    """xhat · norm_weight + norm_bias; either may be absent."""
+    if norm_weight is not None:
+        xhat = xhat * norm_weight
+    if norm_bias is not None:
+        xhat = xhat + norm_bias
+    return xhat
+
+
+@triton.jit(do_not_specialize=FORWARD_INTEGERS)
+def _row_fwd_kernel(
+    z_ptr,
+    bias_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    residual_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    seed_ptr,
+    rows,
+    cols,
+    stride_zm,
+    stride_rm,
+    eps,
+    alpha,
+    beta,
+    threshold,
+    NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PTX: tl.constexpr,
+    PER_THREAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One tile a program: whole rows under a norm, any part of them without."""
+    # One grid axis, because the others stop at 65535.
+    col_blocks = tl.cdiv(cols, BLOCK_N) if NORM is None else 1
+    pid = tl.program_id(0)
+    row = (pid // col_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col0 = (pid % col_blocks) * BLOCK_N
+    column = col0 + tl.arange(0, BLOCK_N)
+    row_mask = row < rows
+    column_mask = column < (cols // ALIGN) * ALIGN
+    mask = row_mask[:, None] & column_mask[None, :]
+
+    z_offset = row_offset(row, stride_zm, ALIGN)
+    bias = load_optional(bias_ptr, column, column_mask)
+    h = load_tile(z_ptr, z_offset + column[None, :], mask, bias)  # [BLOCK_M, BLOCK_N]
+    if NORM is not None:
+        h, mean, rstd = row_statistics(h, column_mask, cols, tl.cast(eps, tl.float32), NORM, EVEN_N)
+        if NORM == "layer":
+            tl.store(mean_ptr + row, mean, mask=row_mask)
+        tl.store(rstd_ptr + row, rstd, mask=row_mask)
+        norm_weight = load_optional(norm_weight_ptr, column, column_mask)
+        norm_bias = load_optional(norm_bias_ptr, column, column_mask)
+        h = affine(h * rstd[:, None], norm_weight, norm_bias)
+    y = activate(h, tl.cast(alpha, tl.float32), tl.cast(beta, tl.float32), ACTIVATION, PTX)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        y *= dropout_multiplier(seed, row, col0, cols, threshold, PER_THREAD, BLOCK_M, BLOCK_N)
+    if residual_ptr is not None:
+        offset = row_offset(row, stride_rm, ALIGN) + column[None, :]
+        y += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row_offset(row, cols, ALIGN) + column[None, :], y, mask=mask)
+
+
+@triton.jit(do_not_specialize=FORWARD_INTEGERS)
+def _row_fwd_loop_kernel(
+    z_ptr,
+    bias_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    residual_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    seed_ptr,
+    rows,
+    cols,
+    stride_zm,
+    stride_rm,
+    eps,
+    alpha,
+    beta,
+    threshold,
+    NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PTX: tl.constexpr,
+    PER_THREAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One row a program, wider than a tile: statistics block by block, then the row again."""
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_M)
+    z_offset = row_offset(row, stride_zm, ALIGN)
+    end = (cols // ALIGN) * ALIGN
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    m2 = tl.zeros((BLOCK_M,), tl.float32)
+    for col0 in tl.range(0, cols, BLOCK_N):
+        column = col0 + tl.arange(0, BLOCK_N)
+        column_mask = column < end
+        bias = load_optional(bias_ptr, column, column_mask)
+        x = load_tile(z_ptr, z_offset + column[None, :], column_mask[None, :], bias)
+        seen = tl.cast(col0, tl.float32)
+        new = tl.cast(tl.minimum(cols - col0, BLOCK_N), tl.float32)
+        mean, m2 = merge_statistics(x, column_mask, seen, new, mean, m2, NORM)
+    rstd = tl.rsqrt(m2 / cols + tl.cast(eps, tl.float32))
+    if NORM == "layer":
+        tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    for col0 in tl.range(0, cols, BLOCK_N):
+        column = col0 + tl.arange(0, BLOCK_N)
+        column_mask = column < end
+        mask = column_mask[None, :]
+        bias = load_optional(bias_ptr, column, column_mask)
+        norm_weight = load_optional(norm_weight_ptr, column, column_mask)
+        norm_bias = load_optional(norm_bias_ptr, column, column_mask)
+        h = load_tile(z_ptr, z_offset + column[None, :], mask, bias)
+        h = centre(h, mean, column_mask, NORM, True) * rstd[:, None]
+        h = affine(h, norm_weight, norm_bias)
+        y = activate(h, tl.cast(alpha, tl.float32), tl.cast(beta, tl.float32), ACTIVATION, PTX)
+        if seed_ptr is not None:
+            y *= dropout_multiplier(seed, row, col0, cols, threshold, PER_THREAD, BLOCK_M, BLOCK_N)
+        if residual_ptr is not None:
+            offset = row_offset(row, stride_rm, ALIGN) + column[None, :]
+            y += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + row_offset(row, cols, ALIGN) + column[None, :], y, mask=mask)
+
+
+def row_forward(
+    z: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    norm: int,
+    eps: float,
+    activation: int,
+    alpha: float,
+    beta: float,
+    threshold: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = residual + dropout(activation(norm(z + bias))).
+
+    Args:
+        z, residual: (rows, cols), last stride 1, any row stride and offset; one dtype.
+        bias, norm_weight, norm_bias: (cols,), contiguous, any floating dtype, or None.
+        seed: int64 (1,); may be None where threshold is 0.
+        norm, eps, activation, alpha, beta, threshold: as `spec.Epilogue.codes`.
+
+    Returns:
+        y (rows, cols) in z's dtype; mean and rstd of z + bias, float32 (rows,), each empty (0,)
+        where the norm has none.
+    """
+    rows, cols = z.shape
+    name = NORM_NAMES[norm]
+    y = z.new_empty((rows, cols))
+    mean = z.new_empty((rows if name == "layer" else 0,), dtype=torch.float32)
+    rstd = z.new_empty((rows if name else 0,), dtype=torch.float32)
+    if rows == 0 or cols == 0:
+        return y, mean, rstd
+    device = tuning.device(z)
+    tile = tuning.forward_tile(cols, name, device)
+    kernel = _row_fwd_kernel
+    if name and tile.block_n < cols:
+        kernel, tile = _row_fwd_loop_kernel, tuning.forward_loop_tile(device)
+    blocks = triton.cdiv(rows, tile.block_m) * (1 if name else triton.cdiv(cols, tile.block_n))
+    if name is None:
+        norm_weight = norm_bias = None
+    stride_rm = cols if residual is None else residual.stride(0)
+    align = tuning.alignment(cols, z.element_size(), z.stride(0), stride_rm)
+    with torch.cuda.device_of(z):
+        kernel[(blocks,)](
+            z,
+            bias,
+            norm_weight,
+            norm_bias,
+            residual,
+            y,
+            mean if name == "layer" else None,
+            rstd if name else None,
+            seed if threshold else None,
+            rows,
+            cols,
+            z.stride(0),
+            stride_rm,
+            eps,
+            alpha,
+            beta,
+            threshold,
+            NORM=name,
+            ACTIVATION=ACTIVATION_NAMES[activation],
+            ALIGN=align,
+            EVEN_N=cols == tile.block_n,
+            PTX=device.arch > 0,
+            PER_THREAD=min(8, 16 // z.element_size()),
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            num_warps=tile.num_warps,
+        )
+    return y, mean, rstd

@@ -1,0 +1,153 @@
+"""Pure rules (cols, dtype, architecture) → tile sizes, warps and number of programs.
+
+The batch never enters a value that is compiled in: only `programs`, a grid size, depends on it. No
+autotuning: a row kernel's best tile follows from its width, and a search costs seconds per shape.
+"static" figures are registers a thread (65536 per SM: 128 at 512 threads, 64 at 1024) and spilled
+words, read from sm_90 binaries (triton 3.7.1, bf16, GELU, dropout) by tests/triton/audit.py.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# One tile holds a whole row up to here. 32768 columns spill with a linear bias (static: 124 to 685
+# spilled words at 16 or 32 warps), and the looped kernel finds such a row in L2 the second time.
+FORWARD_TILE_COLS = 16384
+# Rows whose column sums fit in a program's registers, by the number of sums (norm_weight,
+# norm_bias, bias): 8192 columns at 16 warps hold two (static: 128 registers, 0 spilled words; with
+# a third 72 to 80).
+BACKWARD_TILE_COLS = {0: 8192, 1: 8192, 2: 8192, 3: 4096}
+# Rows of at most this many columns share a program, several at a time.
+SHARED_COLS = 1024
+# Columns of a step of the two kernels that walk along a row.
+FORWARD_LOOP_COLS = 8192
+ROW_SUMS_COLS = 4096
+# Enough resident persistent programs to fill an SM at 128 registers a thread (65536 / 128).
+PERSISTENT_THREADS_PER_SM = 512
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a program's tile, and its warps (of 32 threads; AMD's have 64)."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+class Device(NamedTuple):
+    """What the rules need to know of a GPU: its SMs, threads of a warp, and 90 for sm_90.
+
+    `arch` is 0 where inline PTX cannot be used: AMD and the interpreter.
+    """
+
+    processors: int
+    warp_size: int
+    arch: int
+
+
+# Two persistent programs make the interpreter run the second stage as well.
+INTERPRETER = Device(processors=0, warp_size=32, arch=0)
+_INTERPRETER_PROGRAMS = 2
+
+
+def device(z: Tensor) -> Device:
+    """The device of a tensor."""
+    return _gpu(z.get_device()) if z.is_cuda else INTERPRETER
+
+
+@cache
+def _gpu(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    plain = torch.version.hip is not None or triton.knobs.runtime.interpret
+    arch = 0 if plain else properties.major * 10 + properties.minor
+    return Device(properties.multi_processor_count, properties.warp_size, arch)
+
+
+def programs(row_tiles: int, col_blocks: int, tile: Tile, device: Device) -> int:
+    """Persistent programs of one block of columns: together what the GPU holds at once."""
+    if device.processors == 0:
+        return min(row_tiles, _INTERPRETER_PROGRAMS)
+    per_processor = max(1, PERSISTENT_THREADS_PER_SM // (tile.num_warps * device.warp_size))
+    return max(1, min(row_tiles, device.processors * per_processor // col_blocks))
+
+
+def _power_of_two(cols: int, limit: int) -> int:
+    # 16 columns at least: one 16-byte access of bf16 and one Philox call are 8.
+    return min(max(triton.next_power_of_2(cols), 16), limit)
+
+
+def _warps(elements: int, per_thread: int, width: int, limit: int) -> int:
+    return max(1, min(limit, elements // (per_thread * width)))
+
+
+@lru_cache(maxsize=4096)
+def forward_tile(cols: int, norm: str | None, device: Device) -> Tile:
+    """Tile of the forward kernel; `block_n < cols` says that the row has to be looped over."""
+    if norm is None:
+        block_n = _power_of_two(cols, SHARED_COLS)
+    else:
+        block_n = _power_of_two(cols, FORWARD_TILE_COLS)
+    block_m = max(1, 2048 // block_n)
+    # 16 elements a thread are two 16-byte loads in flight of bf16;
+    # static, with a linear bias: 1024 columns 48 registers, 4096 47, 8192 57, 16384 64.
+    warps = _warps(block_m * block_n, 16, device.warp_size, 1024 // device.warp_size)
+    return Tile(block_m, block_n, warps)
+
+
+def forward_loop_tile(device: Device) -> Tile:
+    """Tile of the looped forward kernel: static 16 warps 62 registers."""
+    return Tile(1, FORWARD_LOOP_COLS, 512 // device.warp_size)
+
+
+@lru_cache(maxsize=4096)
+def backward_tile(cols: int, norm: str | None, sums: int, device: Device) -> Tile:
+    """Tile of the persistent backward kernel; `block_n < cols` says that it works by column blocks.
+
+    static, three sums, 8 elements a thread: 1024 columns 104 registers, 4096 106.
+    """
+    limit = BACKWARD_TILE_COLS[sums]
+    if sums == 2 and device.arch >= 100:
+        limit = 4096  # static: sm_100 and sm_120 spill 12 to 22 words where sm_90 spills none
+    whole = norm is not None and cols <= limit
+    block_n = _power_of_two(cols, limit if whole else SHARED_COLS)
+    block_m = max(1, 1024 // block_n)
+    warps = _warps(block_m * block_n, 8, device.warp_size, 512 // device.warp_size)
+    return Tile(block_m, block_n, warps)
+
+
+def backward_stages(tile: Tile) -> int:
+    """2 where the next rows can be fetched ahead (8 elements a thread), else 1.
+
+    16 bytes of dy and of z a thread at 512 threads an SM are 16 KB in flight; an H100 wants 32 KB
+    (3 TB/s, 132 SMs, about 1 µs of latency under load). Fetching ahead keeps them in flight during
+    the arithmetic. Not timed yet.
+    """
+    return 2 if tile.block_n <= 4096 else 1
+
+
+def row_sums_tile(device: Device) -> Tile:
+    """Tile of the looped kernel that takes the two row sums of a wide backward."""
+    return Tile(1, ROW_SUMS_COLS, 256 // device.warp_size)
+
+
+def column_sum_tile(device: Device) -> Tile:
+    """Tile of the second stage: 64 columns are two 128-byte lines of float32."""
+    return Tile(32, 64, 128 // device.warp_size)
+
+
+def alignment(cols: int, itemsize: int, *strides: int) -> int:
+    """Largest power of two (elements, at most 16 bytes) that divides cols and every stride.
+
+    Triton's own specialisation tests divisibility by 16 elements only, so that 1000 columns of
+    bf16 would be read two bytes at a time; the kernels take this number as a hint instead. Base
+    addresses need no hint: Triton tests them for 16 bytes, and falls back to narrow accesses.
+    """
+    align = 16 // itemsize
+    while align > 1 and any(n % align for n in (cols, *strides)):
+        align //= 2
+    return align
