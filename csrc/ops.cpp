@@ -70,16 +70,14 @@ const RowKernels*& active_kernels() {
 constexpr size_t kHugePageThreshold = size_t{32} << 20;
 constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
 
-Tensor new_tensor(std::initializer_list<int64_t> sizes, int32_t dtype, const Tensor& like) {
+// A contiguous CPU tensor of one or two dimensions.
+Tensor new_tensor(std::initializer_list<int64_t> sizes, int32_t dtype) {
   int64_t strides[2] = {1, 1};
   if (sizes.size() == 2) strides[0] = *(sizes.begin() + 1);
   AtenTensorHandle handle;
-  int32_t device_type, device_index;
-  aoti_torch_get_device_type(like.get(), &device_type);
-  aoti_torch_get_device_index(like.get(), &device_index);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, device_type, device_index,
-      &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
+                               aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
   if (bytes >= kHugePageThreshold) {
@@ -268,9 +266,9 @@ std::tuple<Tensor, Tensor, Tensor> row_forward(
   const int64_t rows = z.size(0), cols = z.size(1);
   int32_t dtype;
   aoti_torch_get_dtype(z.get(), &dtype);
-  Tensor y = new_tensor({rows, cols}, dtype, z);
-  Tensor mean = new_tensor({problem.norm == Norm::layer ? rows : 0}, compute_dtype(storage), z);
-  Tensor rstd = new_tensor({problem.norm != Norm::none ? rows : 0}, compute_dtype(storage), z);
+  Tensor y = new_tensor({rows, cols}, dtype);
+  Tensor mean = new_tensor({problem.norm == Norm::layer ? rows : 0}, compute_dtype(storage));
+  Tensor rstd = new_tensor({problem.norm != Norm::none ? rows : 0}, compute_dtype(storage));
   if (rows && cols) {
     if (residual) {
       problem.residual = residual->data_ptr();
@@ -326,11 +324,11 @@ void add_chunks(const C* partial, int64_t chunks, int64_t cols, C* out) {
                               });
 }
 
-// The sum of one parameter's gradient: (chunks, cols) partials, of which the first row becomes the
+// The sum of one parameter's gradient: chunks × cols partials, of which the first row becomes the
 // result; an empty tensor where the parameter is absent.
 struct PartialSum {
-  PartialSum(bool wanted, int64_t chunks, int64_t cols, int32_t dtype, const Tensor& like)
-      : partial(new_tensor({wanted ? chunks : 0, cols}, dtype, like)), wanted(wanted) {
+  PartialSum(bool wanted, int64_t chunks, int64_t cols, int32_t dtype)
+      : partial(new_tensor({wanted ? chunks * cols : 0}, dtype)), wanted(wanted) {
     if (wanted) memset(partial.data_ptr(), 0, partial.numel() * partial.element_size());
   }
   void* at(int64_t chunk, int64_t cols) const {
@@ -343,7 +341,7 @@ struct PartialSum {
 
 Tensor finish_sum(const PartialSum& sum, int64_t chunks, int64_t cols, Storage compute,
                   const OptionalTensor& parameter) {
-  if (!sum.wanted) return new_tensor({0}, compute_dtype(compute), sum.partial);
+  if (!sum.wanted) return sum.partial;
   if (chunks > 1 && compute == Storage::f64) {
     double* data = static_cast<double*>(sum.partial.data_ptr());
     add_chunks(data, chunks, cols, data);
@@ -351,15 +349,16 @@ Tensor finish_sum(const PartialSum& sum, int64_t chunks, int64_t cols, Storage c
     float* data = static_cast<float*>(sum.partial.data_ptr());
     add_chunks(data, chunks, cols, data);
   }
-  int32_t dtype, partial_dtype;
+  int32_t dtype;
   aoti_torch_get_dtype(parameter->get(), &dtype);
-  aoti_torch_get_dtype(sum.partial.get(), &partial_dtype);
-  Tensor out = new_tensor({cols}, dtype, sum.partial);
-  if (dtype == partial_dtype) {
+  const bool same_dtype = dtype == compute_dtype(compute);
+  if (same_dtype && chunks == 1) return sum.partial;
+  Tensor out = new_tensor({cols}, dtype);
+  if (same_dtype) {
     memcpy(out.data_ptr(), sum.partial.data_ptr(), cols * out.element_size());
   } else {
-    const Tensor first = torch::stable::select(sum.partial, 0, 0);
-    torch::stable::copy_(out, first);
+    Tensor first = sum.partial;
+    torch::stable::copy_(out, torch::stable::narrow(first, 0, 0, cols));
   }
   return out;
 }
@@ -383,12 +382,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
 
   const int64_t per_chunk = std::max(kRowsPerChunk, (rows + kMaxChunks - 1) / kMaxChunks);
   const int64_t chunks = std::max<int64_t>(1, (rows + per_chunk - 1) / per_chunk);
-  Tensor dz = new_tensor({rows, cols}, dtype, z);
+  Tensor dz = new_tensor({rows, cols}, dtype);
   const bool normed = problem.norm != Norm::none;
   const int32_t sum_dtype = compute_dtype(compute);
-  const PartialSum dweight(norm_weight.has_value() && normed, chunks, cols, sum_dtype, z);
-  const PartialSum dnorm_bias(norm_bias.has_value() && normed, chunks, cols, sum_dtype, z);
-  const PartialSum dbias(bias.has_value(), chunks, cols, sum_dtype, z);
+  const PartialSum dweight(norm_weight.has_value() && normed, chunks, cols, sum_dtype);
+  const PartialSum dnorm_bias(norm_bias.has_value() && normed, chunks, cols, sum_dtype);
+  const PartialSum dbias(bias.has_value(), chunks, cols, sum_dtype);
   if (rows && cols) {
     problem.dz = dz.data_ptr();
     problem.streaming = worth_streaming(dz);

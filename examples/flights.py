@@ -18,16 +18,18 @@ import sys
 import time
 from pathlib import Path
 
-import fused
 import torch
 from flights_agreement import STUDENT_T, Comparison, check_step, kept_bytes
 from flights_data import Flights, load_flights
 from flights_model import NORMS, DelayModel
 from flights_report import Build, picture, speed_up, table
 from flights_training import Recipe, Run, train_in_turns
-from fused.spec import ACTIVATIONS
 from progress import Progress
 
+import fused
+from fused.spec import ACTIVATIONS
+
+FEWEST_REPEATS = 2  # a spread needs two
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -38,6 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--rows", type=int, default=None, help="scheduled flights to use (default: all 336,776)")
     add("--epochs", type=int, default=4)
     add("--repeats", type=int, default=3, choices=[d // 2 + 1 for d in STUDENT_T])
+    add("--minutes", type=float, default=4.0, help="no third repeat that would pass these")
     add("--batch", type=int, default=2048)
     add("--hidden", type=int, nargs="+", default=[256, 256, 128], metavar="FEATURES")
     add("--norm", choices=[*NORMS, "none"], default="layer")
@@ -76,32 +79,33 @@ def describe_machine(device: torch.device) -> str:
 
 
 def train_repeats(
-    models: dict[str, DelayModel], flights: Flights, recipe: Recipe, repeats: int, seed: int
+    models: dict[str, DelayModel], flights: Flights, recipe: Recipe, args: argparse.Namespace
 ) -> dict[str, list[Run]]:
-    """Trains all builds `repeats` times from the same weights, with new batches and masks."""
-    runs: dict[str, list[Run]] = {name: [] for name in models}
-    for repeat in range(repeats):
-        label = {name: f"{name} {repeat + 1}/{repeats}" for name in models}
-        with Progress(list(label.values())) as progress:
+    """Trains all builds from the same weights, `args.repeats` times with new batches and masks.
 
-            def on_chunk(
-                name: str,
-                run: Run,
-                share: float,
-                progress: Progress = progress,
-                label: dict[str, str] = label,
-            ) -> None:
-                curve = run.curve
-                text = "not yet validated"
+    On a slow machine repeats beyond the second are left out when they would pass `args.minutes`.
+    """
+    runs: dict[str, list[Run]] = {name: [] for name in models}
+    started, longest = time.perf_counter(), 0.0
+    tasks = [f"{name} {k + 1}/{args.repeats}" for k in range(args.repeats) for name in models]
+    with Progress(tasks) as progress:
+        for repeat in range(args.repeats):
+            begun = time.perf_counter()
+            if repeat >= FEWEST_REPEATS and begun - started + longest > 60 * args.minutes:
+                progress.say(f"only {repeat} repeats: another would pass {args.minutes:g} minutes")
+                break
+
+            def on_chunk(name: str, run: Run, share: float, number: int = repeat + 1) -> None:
+                curve, text = run.curve, "not yet validated"
                 if curve.epoch:
                     text = f"loss {curve.valid_loss[-1]:.4f}  AUC {curve.valid_auc[-1]:.4f}"
-                progress.update(label[name], share, text)
+                progress.update(f"{name} {number}/{args.repeats}", share, text)
 
-            finished = train_in_turns(
-                models, flights.train, flights.valid, recipe, seed + repeat, on_chunk
-            )
-        for name, run in finished.items():
-            runs[name].append(run)
+            seed = args.seed + 1 + repeat
+            finished = train_in_turns(models, flights.train, flights.valid, recipe, seed, on_chunk)
+            for name, run in finished.items():
+                runs[name].append(run)
+            longest = max(longest, time.perf_counter() - begun)
     return runs
 
 
@@ -147,7 +151,10 @@ def main() -> int:
         f" {'passed' if step.passed else 'FAILED'}\n"
     )
 
-    runs = train_repeats(models, flights, recipe, args.repeats, args.seed + 1)
+    runs = train_repeats(models, flights, recipe, args)
+    entries = [entry for _, entry in fused.fuse_(runs["fused"][-1].model).entries()]
+    calls = sum(entry.fused_calls for entry in entries), sum(e.unfused_calls for e in entries)
+    print(f"\nchains in the last fused run: {calls[0]:,} calls fused, {calls[1]:,} not")
     builds = [Build(name, runs[name], kept_bytes(models[name], sample, recipe)) for name in models]
     ratio, low, high = speed_up(*builds)
     speed = f"a fused training step is {ratio:.2f} times as fast ({low:.2f} to {high:.2f})"

@@ -1,4 +1,4 @@
-"""Do two builds of one model agree: to rounding in one step, and to run-to-run spread in training?"""
+"""Do two builds of a model agree: in one step to rounding, in training to run-to-run spread?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StepCheck:
     """Errors of the loss and the gradients of one step without dropout, against float64.
 
     An error is the largest difference in a tensor over the largest value in it; the worst tensor
-    counts. `limit` is twice eager's error plus 8 units of rounding.
+    counts. `limit` is twice eager's error plus two machine epsilons of the dtype.
     """
 
     eager: float
@@ -51,7 +51,7 @@ def check_step(eager: nn.Module, fused: nn.Module, batch: Table, recipe: Recipe)
         return worst
 
     eager_error, fused_error = error(eager), error(fused)
-    return StepCheck(eager_error, fused_error, 2 * eager_error + 8 * torch.finfo(recipe.dtype).eps)
+    return StepCheck(eager_error, fused_error, 2 * eager_error + 2 * torch.finfo(recipe.dtype).eps)
 
 
 def _step(model: nn.Module, batch: Table, recipe: Recipe, dtype: torch.dtype) -> list[Tensor]:

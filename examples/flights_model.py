@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor, nn
+
 from fused.nn import ReLUSquared
 from fused.spec import ACTIVATIONS, NORM_CODES
-from torch import Tensor, nn
 
 EMBEDDING_WIDTH = 8
 _NORM_MODULES: dict[str, Callable[[int], nn.Module]] = {

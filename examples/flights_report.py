@@ -69,9 +69,7 @@ def table(eager: Build, fused: Build, batch: int) -> str:
         row(f"{label} (mean of {repeats} runs)", a, b, 4, ratio=False)
     ms = {build.name: build.step_ms() for build in (eager, fused)}
     per_second = {name: batch / (times[-1] / 1e3) for name, times in ms.items()}
-    lines.append(
-        f"{'training samples per second':34}{per_second['eager']:12,.0f}{per_second['fused']:12,.0f}"
-    )
+    row("training samples per second", per_second["eager"], per_second["fused"], 0, ratio=False)
     row("one step (median), ms", ms["eager"][-1], ms["fused"][-1], 2)
     for part, a, b in zip(PARTS, ms["eager"], ms["fused"], strict=False):
         row(f"  {part}, ms", a, b, 2)
@@ -115,14 +113,16 @@ def _curves(axes: Axes, builds: Sequence[Build], metric: str, label: str, style:
 def _losses(axes: Axes, builds: Sequence[Build]) -> None:
     _curves(axes, builds, "train_loss", "training (with dropout)", "--")
     _curves(axes, builds, "valid_loss", "validation", "-")
-    axes.set(title="Loss", xlabel="epoch", ylabel="binary cross-entropy, nats")
+    axes.set(title="Loss", xlabel="epochs", xlim=(0, None), ylabel="binary cross-entropy, nats")
     axes.legend(frameon=False, title=f"{len(builds[0].runs)} runs each", alignment="left")
     axes.grid(alpha=0.25)
 
 
 def _auc(axes: Axes, builds: Sequence[Build]) -> None:
     _curves(axes, builds, "valid_auc", "validation", "-")
-    axes.set(title="Validation AUC", xlabel="epoch", ylabel="area under the ROC curve")
+    axes.set(
+        title="Validation AUC", xlabel="epochs", xlim=(0, None), ylabel="area under the ROC curve"
+    )
     axes.legend(frameon=False, loc="lower right")
     axes.grid(alpha=0.25)
 
@@ -138,6 +138,7 @@ def _parts(axes: Axes, builds: Sequence[Build]) -> None:
         axes.bar_label(bars, fmt="%.1f", fontsize=9, padding=2)
     axes.set(title="Time of a training step (median)", ylabel="milliseconds")
     axes.set_xticks(place, groups)
+    axes.margins(y=0.12)
     axes.legend(frameon=False, loc="upper left")
 
 
@@ -146,4 +147,5 @@ def _memory(axes: Axes, builds: Sequence[Build]) -> None:
     values = [build.kept / 1e6 for build in builds]
     bars = axes.bar(names, values, 0.6, color=[COLOURS[name] for name in names])
     axes.bar_label(bars, fmt="%.1f", padding=2)
+    axes.margins(y=0.12)
     axes.set(title="Kept for backward, per batch", ylabel="megabytes")

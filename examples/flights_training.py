@@ -33,7 +33,7 @@ class Recipe:
     dtype: torch.dtype = torch.float32
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
-    evaluations_per_epoch: int = 2
+    evaluations_per_epoch: int = 4
 
     def autocast(self) -> AbstractContextManager:
         """Mixed precision, where `dtype` asks for it."""

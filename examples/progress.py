@@ -41,6 +41,13 @@ class Progress:
             elapsed = time.perf_counter() - self._started
             print(f"{elapsed:6.1f} s  {task:<{self._width}} {share:4.0%}  {text}", flush=True)
 
+    def say(self, line: str) -> None:
+        """Prints a line above the bars."""
+        if self._bars is not None:
+            self._bars.console.print(line)
+        else:
+            print(line, flush=True)
+
     def __enter__(self) -> Progress:
         if self._bars is not None:
             self._bars.start()

@@ -63,6 +63,8 @@ _extension, _extension_reason = _load_extension()
 _requested = _checked(os.environ.get("FUSED_BACKEND", "auto"))
 # (device type, dtype) → backend, for the backend requested; emptied when that changes.
 _chosen: dict[tuple[str, torch.dtype], str] = {}
+# Counts the changes of the request, so that others may keep what they derived from it.
+generation = 0
 
 
 def cpu_isa() -> str | None:
@@ -147,6 +149,13 @@ def choose(device_type: str, dtype: torch.dtype) -> str:
     return backend
 
 
+def _request(name: str) -> None:
+    global _requested, generation  # noqa: PLW0603
+    _requested = name
+    generation += 1
+    _chosen.clear()
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Asks for one backend inside the block.
@@ -158,11 +167,9 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: unknown name.
     """
-    global _requested  # noqa: PLW0603
-    previous, _requested = _requested, _checked(name)
-    _chosen.clear()
+    previous = _requested
+    _request(_checked(name))
     try:
         yield
     finally:
-        _requested = previous
-        _chosen.clear()
+        _request(previous)

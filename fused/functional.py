@@ -18,8 +18,8 @@ from torch import Tensor
 from . import ops, reference
 from .autograd import Codes, LinearRowFunction, RowFunction, contiguous_rows, epilogue_of
 from .backend import choose
-from .random import dropout_mask as _dropout_mask
 from .random import draw_seed
+from .random import dropout_mask as _dropout_mask
 from .spec import make_epilogue
 
 __all__ = ["dropout_mask", "linear_norm_act", "norm_act"]
@@ -154,7 +154,7 @@ def linear_chain(
             # Eager's norm reads z in float32 there and returns float32.
             z = F.linear(x, weight, bias).float()
             return chain(z, 1, norm_weight, norm_bias, residual, seed, codes)
-    if len(shape) == 2:  # noqa: PLR2004
+    if len(shape) == 2:
         if residual is not None and residual.dtype != x.dtype:
             return residual + run_linear_row(
                 x, weight, bias, norm_weight, norm_bias, None, seed, codes
@@ -180,7 +180,7 @@ def chain(
     if residual is not None and residual.dtype != z.dtype:
         return residual + chain(z, normalized_dims, norm_weight, norm_bias, None, seed, codes)
     shape = z.shape
-    if len(shape) == 2 and normalized_dims == 1:  # noqa: PLR2004
+    if len(shape) == 2 and normalized_dims == 1:
         return run_row(z, None, norm_weight, norm_bias, residual, seed, codes)
     cols = math.prod(shape[len(shape) - normalized_dims :])
     rows = math.prod(shape[: len(shape) - normalized_dims])
@@ -250,9 +250,7 @@ def _checked_probability(operation: str, p: Any) -> float:
     if not isinstance(p, (int, float)):
         raise TypeError(f"{operation}: p must be a number, got {type(p).__name__}")
     if not 0.0 <= p <= 1.0:
-        raise ValueError(
-            f"{operation}: dropout probability has to be between 0 and 1, but got {p}"
-        )
+        raise ValueError(f"{operation}: dropout probability has to be between 0 and 1, but got {p}")
     return float(p)
 
 
@@ -313,7 +311,7 @@ def linear_norm_act(
     operation = "linear_norm_act"
     _check_float("x", operation, x)
     _check_float("weight", operation, weight)
-    if weight.dim() != 2:  # noqa: PLR2004
+    if weight.dim() != 2:
         raise ValueError(f"{operation}: weight must be (N, K), got {tuple(weight.shape)}")
     features, inputs = weight.shape
     if x.dim() < 1 or x.shape[-1] != inputs:

@@ -90,9 +90,7 @@ def _make_norm(
         raise ValueError(f"unknown norm {norm!r}; known: {names}, or None")
     shape: Any = features if isinstance(features, int) else list(features)
     if norm == "layer":
-        return nn.LayerNorm(
-            shape, 1e-5 if eps is None else eps, affine, device=device, dtype=dtype
-        )
+        return nn.LayerNorm(shape, 1e-5 if eps is None else eps, affine, device=device, dtype=dtype)
     if norm == "rms":
         return nn.RMSNorm(shape, eps, affine, device=device, dtype=dtype)
     return None

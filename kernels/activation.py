@@ -11,7 +11,7 @@ fix-ups around them: relative errors 2^-22 and 2^-23 (PTX ISA, ex2.approx.ftz an
 what they flush to zero lies below 1e-38. GELU costs 22 instructions an element without, 15 with.
 
 The polynomials are own minimax fits (Lawson's algorithm on Chebyshev nodes, float64); each states
-its error. tests/triton/test_activation.py measures the functions against float64.
+its error. tests/triton/interpreted/test_activation_kernels.py measures the functions against float64.
 """
 
 import triton
@@ -113,12 +113,12 @@ def elu_grad(dy, h, alpha, PTX: tl.constexpr):
 
 @triton.jit
 def selu(h, PTX: tl.constexpr):
-    return SELU_SCALE * elu(h, SELU_ALPHA, PTX)
+    return elu(h, SELU_ALPHA, PTX) * SELU_SCALE
 
 
 @triton.jit
 def selu_grad(dy, h, PTX: tl.constexpr):
-    return SELU_SCALE * elu_grad(dy, h, SELU_ALPHA, PTX)
+    return elu_grad(dy, h, SELU_ALPHA, PTX) * SELU_SCALE
 
 
 @triton.jit

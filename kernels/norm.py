@@ -28,28 +28,33 @@ def centre(x, mean, column_mask, NORM: tl.constexpr, EVEN_N: tl.constexpr):
 
 
 @triton.jit
-def row_statistics(x, column_mask, cols, eps, NORM: tl.constexpr, EVEN_N: tl.constexpr):
+def row_statistics(x, first, column_mask, cols, eps, NORM: tl.constexpr, EVEN_N: tl.constexpr):
     """(x - mean, mean, rstd) of the rows of a tile that holds them whole: [M, N], [M], [M].
 
-    Padding columns of x must be 0. The mean of rms norm is 0.
+    `first` [M] is the first element of each row. Subtracted before the sum, it keeps the error of
+    the mean relative to the spread of the row and not to its size: a constant row has variance 0
+    exactly, where rstd = 1/sqrt(eps) would make an error of one ulp visible. Padding columns of x
+    must be 0. The mean of rms norm is 0.
     """
+    x = centre(x, first, column_mask, NORM, EVEN_N)
     if NORM == "layer":
-        mean = tl.sum(x, 1) / cols
+        shifted_mean = tl.sum(x, 1) / cols
     else:
-        mean = tl.zeros((x.shape[0],), tl.float32)
-    centred = centre(x, mean, column_mask, NORM, EVEN_N)
-    return centred, mean, tl.rsqrt(tl.sum(centred * centred, 1) / cols + eps)
+        shifted_mean = tl.zeros((x.shape[0],), tl.float32)
+    x = centre(x, shifted_mean, column_mask, NORM, EVEN_N)
+    return x, first + shifted_mean, tl.rsqrt(tl.sum(x * x, 1) / cols + eps)
 
 
 @triton.jit
-def merge_statistics(x, column_mask, seen, new, mean, m2, NORM: tl.constexpr):
-    """Running mean and sum of squared deviations of `seen` columns, after `new` more in x."""
+def merge_statistics(x, first, column_mask, seen, new, mean, m2, NORM: tl.constexpr):
+    """Mean (of x - first) and sum of squared deviations of `seen` columns, after `new` more in x."""
     if NORM == "layer":
+        x = centre(x, first, column_mask, NORM, False)
         block_mean = tl.sum(x, 1) / new
-        centred = centre(x, block_mean, column_mask, NORM, False)
+        x = centre(x, block_mean, column_mask, NORM, False)
         delta = block_mean - mean
         share = new / (seen + new)
-        m2 += tl.sum(centred * centred, 1) + delta * delta * (seen * share)
+        m2 += tl.sum(x * x, 1) + delta * delta * (seen * share)
         mean += delta * share
     else:
         m2 += tl.sum(x * x, 1)

@@ -53,6 +53,15 @@ def load_tile(ptr, offset, mask, bias):
 
 
 @triton.jit
+def load_first(ptr, row, stride, row_mask, bias_ptr):
+    """The first element of each row of z, plus the linear bias where there is one: [BLOCK_M]."""
+    first = tl.load(ptr + row * stride, mask=row_mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        first += tl.load(bias_ptr).to(tl.float32)
+    return first
+
+
+@triton.jit
 def affine(xhat, norm_weight, norm_bias):
     """xhat · norm_weight + norm_bias; either may be absent."""
     if norm_weight is not None:
@@ -105,7 +114,11 @@ def _row_fwd_kernel(
     bias = load_optional(bias_ptr, column, column_mask)
     h = load_tile(z_ptr, z_offset + column[None, :], mask, bias)  # [BLOCK_M, BLOCK_N]
     if NORM is not None:
-        h, mean, rstd = row_statistics(h, column_mask, cols, tl.cast(eps, tl.float32), NORM, EVEN_N)
+        first = tl.zeros((BLOCK_M,), tl.float32)
+        if NORM == "layer":
+            first = load_first(z_ptr, row, stride_zm, row_mask, bias_ptr)
+        eps = tl.cast(eps, tl.float32)
+        h, mean, rstd = row_statistics(h, first, column_mask, cols, eps, NORM, EVEN_N)
         if NORM == "layer":
             tl.store(mean_ptr + row, mean, mask=row_mask)
         tl.store(rstd_ptr + row, rstd, mask=row_mask)
@@ -154,7 +167,10 @@ def _row_fwd_loop_kernel(
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_M)
     z_offset = row_offset(row, stride_zm, ALIGN)
     end = (cols // ALIGN) * ALIGN
-    mean = tl.zeros((BLOCK_M,), tl.float32)
+    first = tl.zeros((BLOCK_M,), tl.float32)
+    if NORM == "layer":
+        first = load_first(z_ptr, row, stride_zm, row < rows, bias_ptr)
+    mean = tl.zeros((BLOCK_M,), tl.float32)  # of z + bias - first
     m2 = tl.zeros((BLOCK_M,), tl.float32)
     for col0 in tl.range(0, cols, BLOCK_N):
         column = col0 + tl.arange(0, BLOCK_N)
@@ -163,10 +179,10 @@ def _row_fwd_loop_kernel(
         x = load_tile(z_ptr, z_offset + column[None, :], column_mask[None, :], bias)
         seen = tl.cast(col0, tl.float32)
         new = tl.cast(tl.minimum(cols - col0, BLOCK_N), tl.float32)
-        mean, m2 = merge_statistics(x, column_mask, seen, new, mean, m2, NORM)
+        mean, m2 = merge_statistics(x, first, column_mask, seen, new, mean, m2, NORM)
     rstd = tl.rsqrt(m2 / cols + tl.cast(eps, tl.float32))
     if NORM == "layer":
-        tl.store(mean_ptr + row, mean)
+        tl.store(mean_ptr + row, first + mean)
     tl.store(rstd_ptr + row, rstd)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -179,6 +195,7 @@ def _row_fwd_loop_kernel(
         norm_weight = load_optional(norm_weight_ptr, column, column_mask)
         norm_bias = load_optional(norm_bias_ptr, column, column_mask)
         h = load_tile(z_ptr, z_offset + column[None, :], mask, bias)
+        h = centre(h, first, column_mask, NORM, True)
         h = centre(h, mean, column_mask, NORM, True) * rstd[:, None]
         h = affine(h, norm_weight, norm_bias)
         y = activate(h, tl.cast(alpha, tl.float32), tl.cast(beta, tl.float32), ACTIVATION, PTX)

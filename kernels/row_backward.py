@@ -129,16 +129,17 @@ def _row_bwd_kernel(
             dbias += g
         tl.store(dz_ptr + row_offset(row, cols, ALIGN) + column[None, :], g, mask=mask)
 
-    plane = tl.cast(row_programs, tl.int64) * cols
-    partial_ptr += tl.multiple_of(tl.cast(row_program, tl.int64) * cols, ALIGN)
-    if norm_weight_ptr is not None:
-        tl.store(partial_ptr + column, tl.sum(dnorm_weight, 0), mask=column_mask)
-        partial_ptr += tl.multiple_of(plane, ALIGN)
-    if norm_bias_ptr is not None:
-        tl.store(partial_ptr + column, tl.sum(dnorm_bias, 0), mask=column_mask)
-        partial_ptr += tl.multiple_of(plane, ALIGN)
-    if bias_ptr is not None:
-        tl.store(partial_ptr + column, tl.sum(dbias, 0), mask=column_mask)
+    if partial_ptr is not None:
+        plane = tl.cast(row_programs, tl.int64) * cols
+        partial_ptr += tl.multiple_of(tl.cast(row_program, tl.int64) * cols, ALIGN)
+        if norm_weight_ptr is not None:
+            tl.store(partial_ptr + column, tl.sum(dnorm_weight, 0), mask=column_mask)
+            partial_ptr += tl.multiple_of(plane, ALIGN)
+        if norm_bias_ptr is not None:
+            tl.store(partial_ptr + column, tl.sum(dnorm_bias, 0), mask=column_mask)
+            partial_ptr += tl.multiple_of(plane, ALIGN)
+        if bias_ptr is not None:
+            tl.store(partial_ptr + column, tl.sum(dbias, 0), mask=column_mask)
 
 
 @triton.jit(do_not_specialize=BACKWARD_INTEGERS)

@@ -25,11 +25,10 @@ from unittest import mock
 
 import torch
 import triton
+from fused.kernels import tuning
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-
-from fused.kernels import tuning
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

