@@ -31,10 +31,9 @@ _ACTIVATIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "sigmoid": lambda h, a, b: torch.sigmoid(h),
     "tanh": lambda h, a, b: torch.tanh(h),
     "hardswish": lambda h, a, b: F.hardswish(h),
-    "hardsigmoid": lambda h, a, b: (
-        F.relu6(h + 3) / 6
-    ),  # F.hardsigmoid's float64 gradient has 1/6 in float32
-    "softplus": lambda h, a, b: F.softplus(h, a, b),
+    # F.hardsigmoid has 1/6 in float32 even in its float64 gradient.
+    "hardsigmoid": lambda h, a, b: F.relu6(h + 3) / 6,
+    "softplus": F.softplus,
     "relu_squared": lambda h, a, b: F.relu(h).square(),
 }
 

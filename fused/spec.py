@@ -1,7 +1,7 @@
 """The one list of norms and activations, and the `Epilogue` that every layer below passes on.
 
-Vocabulary, here and in every layer: z (rows, cols) is what the epilogue reads (x·weightᵀ, before the
-linear bias), y is what it writes, and
+Vocabulary, here and in every layer: z (rows, cols) is what the epilogue reads (x·weightᵀ, before
+the linear bias), y is what it writes, and
 
     y = residual + dropout(activation(norm(z + bias)))
 
@@ -61,7 +61,7 @@ DROPOUT_LEVELS = 1 << 16
 
 
 def dropout_threshold(p: float) -> int:
-    """The 16-bit threshold t of dropout probability p: an element is kept when its number is ≥ t."""
+    """The 16-bit threshold t of probability p: an element is kept when its number is ≥ t."""
     return round(p * DROPOUT_LEVELS)
 
 

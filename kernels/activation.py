@@ -8,10 +8,11 @@ breakpoints are those of torch 2.13. NaN propagates; where torch itself gives Na
 A kernel imports `activate` and `activate_grad`, which choose by the name at compile time. With
 PTX (NVIDIA only) exponential and reciprocal are the bare hardware instructions without the denormal
 fix-ups around them: relative errors 2^-22 and 2^-23 (PTX ISA, ex2.approx.ftz and rcp.approx.ftz);
-what they flush to zero lies below 1e-38. GELU costs 22 instructions an element without, 15 with.
+what they flush to zero lies below 1e-38. GELU adds 22 instructions an element without, 15 with
+(static: sm_90, triton 3.7.1, forward of 4096 columns against no activation).
 
 The polynomials are own minimax fits (Lawson's algorithm on Chebyshev nodes, float64); each states
-its error. tests/triton/interpreted/test_activation_kernels.py measures the functions against float64.
+its error. tests/triton/interpreted/test_activation_kernels.py measures them against float64.
 """
 
 import triton
@@ -126,8 +127,8 @@ def _normal_tail(h, PTX: tl.constexpr):
     """(q, e): q = 1 - Φ(|h|), the upper tail of the normal distribution, and e = exp(-h²/2).
 
     q = t P(t) e with t = 1/(1 + 0.28 |h|), the form of Abramowitz and Stegun 7.1.26 with one
-    term more. Error of the fit: 1.9e-8 absolute, 1.3e-5 relative for |h| < 4 (eager in float32:
-    3e-8 and 1e-3).
+    term more. Error of the fit: 1.9e-8 absolute; relative 1.3e-5 for |h| < 4, 3.6e-3 at 13. Eager in
+    float32, torch 2.13 on a CPU, where gelu(h)/h gives Φ: 2.5e-7 absolute, 9e-4 relative for |h| < 4.
     """
     t = reciprocal(1.0 + 0.28 * tl.abs(h), PTX)
     e = exp2(h * h * (-0.5 * LOG2_E), PTX)

@@ -47,7 +47,7 @@ def row_statistics(x, first, column_mask, cols, eps, NORM: tl.constexpr, EVEN_N:
 
 @triton.jit
 def merge_statistics(x, first, column_mask, seen, new, mean, m2, NORM: tl.constexpr):
-    """Mean (of x - first) and sum of squared deviations of `seen` columns, after `new` more in x."""
+    """Mean of x - first and sum of squared deviations of `seen` columns, after `new` more in x."""
     if NORM == "layer":
         x = centre(x, first, column_mask, NORM, False)
         block_mean = tl.sum(x, 1) / new

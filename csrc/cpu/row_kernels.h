@@ -14,12 +14,12 @@
 
 namespace fused::FUSED_TARGET {
 
-constexpr int kAccumulators = 4;  // independent sums hide the latency of addition
-
 // Σ term(i, lanes) over the row, for two terms at once; term gives zero in absent lanes.
 template <class V, class F>
 inline void accumulate(int64_t cols, V& first, V& second, const F& term) {
-  constexpr int kLanes = kLanesOf<V>;
+  // Independent sums hide the latency of addition, and shorten the chain of roundings; one double
+  // at a time needs more of them for that.
+  constexpr int kLanes = kLanesOf<V>, kAccumulators = kLanes == 1 ? 32 : 4;
   V sums[kAccumulators][2] = {};
   int64_t i = 0;
   for (; i + kAccumulators * kLanes <= cols; i += kAccumulators * kLanes) {
@@ -29,8 +29,14 @@ inline void accumulate(int64_t cols, V& first, V& second, const F& term) {
     }
   }
   for_each_vector<V>(i, cols, [&](int64_t j, auto n) { term(j, n, sums[0][0], sums[0][1]); });
-  first = (sums[0][0] + sums[1][0]) + (sums[2][0] + sums[3][0]);
-  second = (sums[0][1] + sums[1][1]) + (sums[2][1] + sums[3][1]);
+  for (int half = kAccumulators / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) {
+      sums[k][0] += sums[k + half][0];
+      sums[k][1] += sums[k + half][1];
+    }
+  }
+  first = sums[0][0];
+  second = sums[0][1];
 }
 
 // Asks for one block of the row to come; the hardware prefetcher stops at page ends.

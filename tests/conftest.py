@@ -1,0 +1,38 @@
+"""What every test starts from: a seed, and the instruction sets that this machine can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fused import backend
+
+ISAS = ("avx512", "avx2", "portable")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Forces the C++ kernels to one instruction set."""
+    before = backend.cpu_isa()
+    if before is None:
+        pytest.skip("the C++ extension is not built")
+    try:
+        backend.set_cpu_isa(request.param)
+    except ValueError:
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    backend.set_cpu_isa(before)
+
+
+@pytest.fixture
+def cpp() -> None:
+    """Skips where the C++ kernels are missing."""
+    if backend.cpu_isa() is None:
+        pytest.skip("the C++ extension is not built")

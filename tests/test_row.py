@@ -1,0 +1,276 @@
+"""The C++ row kernels against float64: every norm, activation, dtype and instruction set."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    EVERY_ACTIVATION,
+    NORMS,
+    Inputs,
+    make_epilogue,
+    make_inputs,
+    run_operator,
+    run_reference,
+)
+from tolerances import assert_close
+
+from fused import ops
+from fused.spec import Epilogue
+
+# Rows of one element, below, at and above a vector and a random block, odd, and a long row.
+SHAPES = [(5, 1), (3, 7), (9, 63), (70, 64), (33, 65), (7, 200), (3, 1000), (2, 1025), (3, 8192)]
+
+
+def check(inputs: Inputs, epilogue: Epilogue, what: str = "") -> None:
+    dtype = inputs.z.dtype
+    found = run_operator(inputs, epilogue)
+    oracle = run_reference(inputs, epilogue, torch.float64)
+    eager = run_reference(inputs, epilogue, dtype)
+    rows, cols = inputs.z.shape
+    terms = float(inputs.dy.abs().max()) if inputs.dy.numel() else 0.0
+    if epilogue.threshold:
+        terms *= 65536 / max(1, 65536 - epilogue.threshold)
+    for name, result in found.items():
+        # Sums of terms of both signs: their size is that of the terms, not of what is left.
+        magnitude = 0.0 if name == "y" else terms * (math.sqrt(rows) if name != "dz" else 1.0)
+        if name == "dz" and cols == 1 and epilogue.norm:
+            magnitude /= math.sqrt(epilogue.eps)
+        assert result.dtype == dtype
+        assert_close(f"{what} {name}", result, oracle[name], eager[name], dtype, magnitude)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", EVERY_ACTIVATION)
+def test_every_activation(activation: str | None, norm: str | None, dtype: torch.dtype) -> None:
+    for rows, cols in ((37, 65), (6, 200)):
+        for p in (0.0, 0.3):
+            inputs = make_inputs(rows, cols, dtype, norm, generator=rows)
+            check(inputs, make_epilogue(norm, activation, p), f"({rows}, {cols}) p={p}")
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_shape(shape: tuple[int, int], norm: str | None, dtype: torch.dtype) -> None:
+    check(make_inputs(*shape, dtype, norm), make_epilogue(norm, "silu", 0.1))
+
+
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize("present", range(16))
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_absent_parameters(norm: str, present: int) -> None:
+    inputs = make_inputs(9, 40, torch.float32, norm)
+    for bit, name in enumerate(("bias", "norm_weight", "norm_bias", "residual")):
+        if not present >> bit & 1:
+            setattr(inputs, name, None)
+    check(inputs, make_epilogue(norm, "tanh", 0.2))
+
+
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize("parameter", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_wider_parameters(dtype: torch.dtype, parameter: torch.dtype) -> None:
+    inputs = make_inputs(33, 70, dtype, residual=False, bias=False)
+    narrow = run_operator(inputs, make_epilogue("layer", "gelu", 0.1))
+    inputs.norm_weight = inputs.norm_weight.to(parameter)
+    inputs.norm_bias = inputs.norm_bias.to(parameter)
+    wide = run_operator(inputs, make_epilogue("layer", "gelu", 0.1))
+    assert wide["dnorm_weight"].dtype == parameter
+    for name in narrow:
+        assert torch.equal(narrow[name], wide[name].to(dtype))
+
+
+def adversarial(kind: str, cols: int = 200) -> torch.Tensor:
+    z = torch.randn(12, cols, generator=torch.Generator().manual_seed(1))
+    match kind:
+        case "mean 1e4":
+            return z + 1e4
+        case "constant rows":
+            return z[:, :1].expand(-1, cols) * 3
+        case "one outlier first":
+            z[:, 0] = 1e4
+            return z
+        case "one outlier last":
+            z[:, -1] = -1e6
+            return z
+        case "denormal":
+            return z * 1e-40
+        case "huge":
+            return z.sign() * 1e38
+        case "tiny deviation":
+            return 1 + z * 1e-6
+        case "zeros":
+            return z * 0
+    raise AssertionError(kind)
+
+
+ADVERSARIAL = ["mean 1e4", "constant rows", "one outlier first", "one outlier last", "denormal"]
+ADVERSARIAL += ["huge", "tiny deviation", "zeros"]
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("activation", ["gelu", "relu", None])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_adversarial_values(kind: str, norm: str | None, activation: str | None) -> None:
+    inputs = make_inputs(12, 200, torch.float32, norm, bias=False, residual=False)
+    inputs.z = adversarial(kind).contiguous()
+    epilogue = make_epilogue(norm, activation)
+    found = run_operator(inputs, epilogue)
+    oracle = run_reference(inputs, epilogue, torch.float64)
+    eager = run_reference(inputs, epilogue, torch.float32)
+    # The gradient's terms grow with rstd, the forward's error with |z|·rstd.
+    deviation = float(inputs.z.double().var(dim=1, correction=0).min())
+    rstd = 1 / math.sqrt(deviation + 1e-5) if norm == "layer" else 1.0
+    for name, result in found.items():
+        if name != "y" and activation == "relu" and kind == "mean 1e4":
+            continue  # rounding moves elements across relu's kink, in eager as here
+        magnitude = 4.0 * (rstd if name == "dz" else math.sqrt(12))
+        if name != "y":
+            # What float32 leaves of the normalised values bounds the gradients too.
+            magnitude *= 1 + float(inputs.z.abs().max()) * rstd if norm == "layer" else 1.0
+        assert_close(name, result, oracle[name], eager[name], torch.float32, magnitude)
+
+
+BREAKPOINTS = [0.0, -0.0, 3.0, -3.0, 6.0, -6.0, 1.0, -1.0, 20.0, 20.5, -20.0, 0.625, 88.0, -88.0]
+BREAKPOINTS += [100.0, -100.0, 1e-8, -1e-8, 1e-30, 5.0, -5.0, 9.0, -9.0, 12.0, -12.0]
+SPECIAL = [float("inf"), float("-inf"), float("nan")]
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("activation", EVERY_ACTIVATION)
+def test_breakpoints_and_special_values(activation: str | None) -> None:
+    values = BREAKPOINTS + SPECIAL
+    inputs = Inputs(z=torch.tensor([values] * 2), dy=torch.ones(2, len(values)))
+    epilogue = make_epilogue(None, activation)
+    found = run_operator(inputs, epilogue)
+    oracle = run_reference(inputs, epilogue, torch.float64)
+    eager = run_reference(inputs, epilogue, torch.float32)
+    for name in ("y", "dz"):
+        for i, value in enumerate(values):
+            got, want, torchs = (t[name][0, i].double() for t in (found, oracle, eager))
+            where = f"{activation} {name} at {value}: got {got}, oracle {want}, eager {torchs}"
+            if value in SPECIAL or value != value:
+                # What eager gives; or the limit, where eager computes 0·∞ on the way to it.
+                assert not got.isnan() or torchs.isnan(), where
+                assert got.isnan() or got == torchs or torchs.isnan(), where
+                assert got.isnan() or value == value, where
+                continue
+            allowed = 2 * (torchs - want).abs() + 4e-7 * want.abs() + 1e-7 * abs(value) * 1e-3
+            assert (got - want).abs() <= allowed + 1e-12, where
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("activation", ["tanh", "elu", "selu", "softplus", "mish", "silu", "gelu"])
+def test_relative_accuracy_near_zero_and_in_tails(activation: str) -> None:
+    z = torch.cat([torch.logspace(-20, 1.0, 400), -torch.logspace(-20, 0.9, 400)])[None]
+    inputs = Inputs(z=z, dy=torch.ones_like(z))
+    epilogue = make_epilogue(None, activation)
+    oracle = run_reference(inputs, epilogue, torch.float64)["y"]
+    error = ((run_operator(inputs, epilogue)["y"] - oracle) / oracle).abs()
+    eager = run_reference(inputs, epilogue, torch.float32)["y"]
+    theirs = ((eager - oracle) / oracle).abs()
+    assert float(error.max()) <= 2 * float(theirs.max()) + 8e-7
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropped_elements_multiply_by_zero(dtype: torch.dtype) -> None:
+    z = torch.full((4, 64), float("inf"), dtype=dtype)
+    inputs = Inputs(z=z, dy=torch.ones_like(z))
+    y = run_operator(inputs, make_epilogue(None, None, 0.5))["y"]
+    assert y.isnan().any() and y.isposinf().any() and not (y == 0).any()
+    everything = run_operator(Inputs(z=torch.ones_like(z), dy=z), make_epilogue(None, "relu", 1.0))["y"]
+    assert (everything == 0).all()
+
+
+@pytest.mark.usefixtures("cpp")
+def test_same_bits_at_any_thread_count() -> None:
+    inputs = make_inputs(3000, 129, torch.float32)
+    epilogue = make_epilogue("layer", "gelu", 0.1)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run_operator(inputs, epilogue))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, t in other.items():
+            assert torch.equal(t, results[0][name]), name
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_rows_offsets_and_red_zones(dtype: torch.dtype) -> None:
+    epilogue = make_epilogue("layer", "silu", 0.2)
+    for cols in (1, 15, 64, 100):
+        plain = make_inputs(6, cols, dtype)
+        expected = run_operator(plain, epilogue)
+        # The rows lie in a poisoned buffer, at an odd offset and an odd stride.
+        surrounded = {}
+        for name in ("z", "dy", "residual"):
+            buffer = torch.full((1 + 6 * (cols + 3),), float("nan"), dtype=dtype)
+            view = buffer[1:].view(6, cols + 3)[:, :cols]
+            view.copy_(getattr(plain, name))
+            surrounded[name] = view
+        strided = Inputs(
+            bias=plain.bias, norm_weight=plain.norm_weight, norm_bias=plain.norm_bias, **surrounded
+        )
+        for name, t in run_operator(strided, epilogue).items():
+            assert torch.equal(t, expected[name]), (name, cols)
+
+
+@pytest.mark.usefixtures("isa")
+def test_in_place_writes_y_and_nothing_else() -> None:
+    for dtype in DTYPES:
+        inputs = make_inputs(6, 100, dtype)
+        epilogue = make_epilogue("layer", "gelu", 0.2)
+        expected = run_operator(inputs, epilogue)["y"]
+        buffer = torch.full((6, 110), float("nan"), dtype=dtype)
+        z = buffer[:, 3:103]
+        z.copy_(inputs.z)
+        ops.row_forward_(
+            z, *inputs.parameters, inputs.residual, inputs.seed, *epilogue.codes
+        )
+        assert torch.equal(z, expected)
+        assert buffer[:, :3].isnan().all() and buffer[:, 103:].isnan().all()
+
+
+@pytest.mark.usefixtures("cpp")
+def test_outputs_are_written_completely() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:  # fills uninitialised memory with NaN
+        for rows, cols in ((5, 65), (1, 1), (0, 8), (4, 0)):
+            found = run_operator(make_inputs(rows, cols, torch.float32), make_epilogue("rms", "relu"))
+            for name, t in found.items():
+                assert not t.isnan().any(), (name, rows, cols)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_streaming_stores_give_the_same(dtype: torch.dtype) -> None:
+    """Outputs beyond the last-level cache take another store instruction."""
+    rows, cols = (1 << 24) // 1024, 1024
+    inputs = make_inputs(rows, cols, dtype, residual=False)
+    epilogue = make_epilogue("layer", "relu", 0.1)
+    whole = run_operator(inputs, epilogue)
+    for start in (0, rows - 40):
+        part = Inputs(
+            z=inputs.z[start : start + 40], dy=inputs.dy[start : start + 40], bias=inputs.bias,
+            norm_weight=inputs.norm_weight, norm_bias=inputs.norm_bias,
+        )
+        alone = run_operator(part, make_epilogue("layer", "relu", 0.0))
+        kept = whole["y"][start : start + 40] != 0
+        ratio = whole["y"][start : start + 40][kept].float() / alone["y"][kept].float()
+        assert float((ratio * (65536 - epilogue.threshold) / 65536 - 1).abs().max()) < 1e-2
+    assert whole["dz"].isfinite().all()
