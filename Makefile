@@ -3,8 +3,8 @@
 
 PYTHON ?= python3
 TESTS ?= tests
-# The tests that drive the C++ kernels; override with SANITIZE_TESTS=...
-SANITIZE_TESTS ?= tests
+# The tests that drive the C++ kernels.
+SANITIZE_TESTS ?= tests/test_row.py
 BIN := .venv/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 EXTENSION := fused/_C.abi3.so
@@ -57,12 +57,14 @@ bench: setup ## measure against eager and torch.compile
 
 # libstdc++ is preloaded because libasan must find it before torch does; torch itself leaks by
 # design. The root must not be on sys.path (so pytest, not python -m pytest), or ./fused would win.
+# --capture=sys lets the sanitizers' own messages through.
 sanitize: SANITIZERS := $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell g++ -print-file-name=$(lib)))
 sanitize: setup ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf .cache/sanitize build/lib*
 	FUSED_SANITIZE=address,undefined $(BIN)/pip install -v --no-build-isolation --no-deps --target .cache/sanitize . 2>&1 | grep fused-lnad:
+	@test -e .cache/sanitize/$(EXTENSION)
 	PYTHONPATH=.cache/sanitize LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
-	  UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest -m "not gpu" $(SANITIZE_TESTS)
+	  UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest --capture=sys -m "not gpu" $(SANITIZE_TESTS)
 
 clean: ## remove what the other targets have made, except .venv
 	rm -rf build dist .cache *.egg-info $(EXTENSION) .mypy_cache .pytest_cache .ruff_cache .hypothesis

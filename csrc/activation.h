@@ -48,7 +48,7 @@ struct Relu6 {
   template <class V>
   static V gradient(V h, const ActivationParameters<V>&) {
     const V zero = broadcast<V>(0.0), one = broadcast<V>(1.0);
-    return select(h <= zero, zero, select(h >= broadcast<V>(6.0), zero, one));
+    return select(h > zero, select(h < broadcast<V>(6.0), one, zero), zero);
   }
 };
 

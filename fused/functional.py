@@ -24,7 +24,8 @@ from .spec import make_epilogue
 
 __all__ = ["dropout_mask", "linear_norm_act", "norm_act"]
 
-_functorch_active = torch._C._are_functorch_transforms_active
+functorch_active = torch._C._are_functorch_transforms_active
+_AUTOCAST_DEVICES = ("cpu", "cuda")
 _SCALE_DTYPES = (torch.float32,)  # a norm's parameters may be wider than a 16-bit input
 # What CUDA autocast computes, and returns, in float32 (torch/csrc/autocast_mode.h).
 _CUDA_AUTOCAST_FLOAT32 = {"layer", "rms"}
@@ -43,10 +44,11 @@ def make_codes(
 
 
 def default_eps(norm: str | None, eps: float | None, dtype: torch.dtype) -> float:
-    """torch's default: 1e-5 for layer; the dtype's machine epsilon for rms."""
+    """torch's default: 1e-5 for layer; for rms the epsilon of the dtype that it computes in."""
     if eps is not None:
         return eps
-    return float(torch.finfo(dtype).eps) if norm == "rms" else 1e-5
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    return float(torch.finfo(compute).eps) if norm == "rms" else 1e-5
 
 
 # ---- execution, on checked arguments ----
@@ -56,7 +58,7 @@ def _composite(device_type: str, dtype: torch.dtype) -> bool:
     """Whether the chain runs as plain torch operators rather than as one operator."""
     return (
         choose(device_type, dtype) == "reference"
-        or _functorch_active()
+        or functorch_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch.onnx.is_in_onnx_export()
     )
@@ -128,7 +130,7 @@ def run_linear_row(
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast gives a matrix product on this device; None where it is off."""
-    if not torch.is_autocast_enabled(device_type):
+    if device_type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
@@ -145,7 +147,7 @@ def linear_chain(
 ) -> Tensor:
     """`run_linear_row` for x of any rank, with eager's dtypes under autocast."""
     shape = x.shape
-    cast = autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    cast = autocast_dtype(x.device.type)
     if cast is not None:
         x, weight = x.to(cast), weight.to(cast)
         bias = None if bias is None else bias.to(cast)

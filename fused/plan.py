@@ -19,7 +19,13 @@ from torch.nn.modules import module as _module
 
 from . import backend
 from .backend import choose
-from .functional import autocast_dtype, default_eps, linear_chain, make_codes
+from .functional import (
+    autocast_dtype,
+    default_eps,
+    functorch_active,
+    linear_chain,
+    make_codes,
+)
 from .functional import chain as run_chain
 from .spec import ACTIVATIONS
 
@@ -176,8 +182,9 @@ class Chain:
             weight, bias = linear.weight, linear.bias
             if x.shape[-1] != weight.shape[1]:
                 return f"Linear takes {weight.shape[1]} features, the input has {x.shape[-1]}"
-            if torch.is_autocast_enabled(x.device.type):
-                dtype = torch.get_autocast_dtype(x.device.type)
+            cast = autocast_dtype(x.device.type)
+            if cast is not None:
+                dtype = cast
             elif weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
                 return f"Linear has {weight.dtype}, the input {dtype}"
             if bias is not None and not bias.is_contiguous():
@@ -240,10 +247,10 @@ class Chain:
         for parameters, name, t, pointer in self.tensors:
             if parameters.get(name, self) is not t or (t is not None and t.data_ptr() != pointer):
                 return False
-        return not torch.is_autocast_enabled(x.device.type)
+        return autocast_dtype(x.device.type) is None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or functorch_active():
             if self.static_reason() or self.input_reason(x):
                 return self._one_by_one(x)
             return self.run(x)

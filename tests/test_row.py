@@ -161,7 +161,7 @@ def test_breakpoints_and_special_values(activation: str | None) -> None:
                 # What eager gives; or the limit, where eager computes 0·∞ on the way to it.
                 assert not got.isnan() or torchs.isnan(), where
                 assert got.isnan() or got == torchs or torchs.isnan(), where
-                assert got.isnan() or value == value, where
+                assert name != "y" or got.isnan() or value == value, where
                 continue
             allowed = 2 * (torchs - want).abs() + 4e-7 * want.abs() + 1e-7 * abs(value) * 1e-3
             assert (got - want).abs() <= allowed + 1e-12, where
@@ -187,7 +187,9 @@ def test_dropped_elements_multiply_by_zero(dtype: torch.dtype) -> None:
     inputs = Inputs(z=z, dy=torch.ones_like(z))
     y = run_operator(inputs, make_epilogue(None, None, 0.5))["y"]
     assert y.isnan().any() and y.isposinf().any() and not (y == 0).any()
-    everything = run_operator(Inputs(z=torch.ones_like(z), dy=z), make_epilogue(None, "relu", 1.0))["y"]
+    everything = run_operator(Inputs(z=torch.ones_like(z), dy=z), make_epilogue(None, "relu", 1.0))[
+        "y"
+    ]
     assert (everything == 0).all()
 
 
@@ -236,9 +238,7 @@ def test_in_place_writes_y_and_nothing_else() -> None:
         buffer = torch.full((6, 110), float("nan"), dtype=dtype)
         z = buffer[:, 3:103]
         z.copy_(inputs.z)
-        ops.row_forward_(
-            z, *inputs.parameters, inputs.residual, inputs.seed, *epilogue.codes
-        )
+        ops.row_forward_(z, *inputs.parameters, inputs.residual, inputs.seed, *epilogue.codes)
         assert torch.equal(z, expected)
         assert buffer[:, :3].isnan().all() and buffer[:, 103:].isnan().all()
 
@@ -248,7 +248,9 @@ def test_outputs_are_written_completely() -> None:
     torch.use_deterministic_algorithms(True)
     try:  # fills uninitialised memory with NaN
         for rows, cols in ((5, 65), (1, 1), (0, 8), (4, 0)):
-            found = run_operator(make_inputs(rows, cols, torch.float32), make_epilogue("rms", "relu"))
+            found = run_operator(
+                make_inputs(rows, cols, torch.float32), make_epilogue("rms", "relu")
+            )
             for name, t in found.items():
                 assert not t.isnan().any(), (name, rows, cols)
     finally:
@@ -266,8 +268,11 @@ def test_streaming_stores_give_the_same(dtype: torch.dtype) -> None:
     whole = run_operator(inputs, epilogue)
     for start in (0, rows - 40):
         part = Inputs(
-            z=inputs.z[start : start + 40], dy=inputs.dy[start : start + 40], bias=inputs.bias,
-            norm_weight=inputs.norm_weight, norm_bias=inputs.norm_bias,
+            z=inputs.z[start : start + 40],
+            dy=inputs.dy[start : start + 40],
+            bias=inputs.bias,
+            norm_weight=inputs.norm_weight,
+            norm_bias=inputs.norm_bias,
         )
         alone = run_operator(part, make_epilogue("layer", "relu", 0.0))
         kept = whole["y"][start : start + 40] != 0

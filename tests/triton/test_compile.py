@@ -59,14 +59,14 @@ def check_widths(launch: Launch, binary: Binary, arch: str) -> None:
     what = f"{launch.kernel.__name__} on {arch}: {binary}"
     assert binary.load_widths.get("16", 0) > 0, what
     if launch.kernel.__name__ not in ("_row_sums_kernel", "_column_sum_kernel"):
-        assert binary.store_widths.get("16", 0) > 0, what  # those two store a few numbers a program
-    # The first element of a row (of each of a thread's rows) and of the bias are read by themselves.
+        assert binary.store_widths.get("16", 0) > 0, what  # the others store little
+    # The first element of each row, and that of the bias, are read by themselves.
     narrow = 0
     if "fwd" in launch.kernel.__name__:
         narrow = 2 + launch.arguments["BLOCK_M"]
     assert binary.load_widths.get("2", 0) + binary.load_widths.get("1", 0) <= narrow, what
     # A program of the second stage stores 64 sums with more threads than that: one number each,
-    # side by side, `cols` numbers a launch against programs x cols that it loads 16 bytes at a time.
+    # side by side: `cols` numbers a launch, against programs x cols loaded 16 bytes at a time.
     if launch.kernel.__name__ != "_column_sum_kernel":
         assert "1" not in binary.store_widths and "2" not in binary.store_widths, what
 

@@ -1,0 +1,61 @@
+"""python -m fused doctor [--json]
+python -m fused fuse MODULE:CALLABLE
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from torch import nn
+
+from . import doctor
+from .convert import fuse_
+
+
+def load_model(target: str) -> nn.Module:
+    """The model behind "package.module:name", where name is a model or returns one.
+
+    Raises:
+        ValueError: the target cannot be imported, or what it names is not a model.
+    """
+    module_name, _, name = target.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"expected MODULE:CALLABLE, for example mymodel:build; got {target!r}")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import {target!r}: {error}") from error
+    # A class is called too, so an instance is the only module that is not.
+    model = found if isinstance(found, nn.Module) or not callable(found) else found()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{target!r} gives a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m fused")
+    commands = parser.add_subparsers(dest="command", required=True)
+    told = "what serves each operation on this machine, tested; status 0 only when all tests pass"
+    command = commands.add_parser("doctor", help=told, description=told)
+    command.add_argument("--json", action="store_true", help="the same as one JSON object")
+    told = "the chains of a model that fused.fuse_ would fuse, and why not the others"
+    command = commands.add_parser("fuse", help=told, description=told)
+    command.add_argument("target", metavar="MODULE:CALLABLE", help="what returns the model")
+    given = parser.parse_args(arguments)
+    if given.command == "doctor":
+        return doctor.main(as_json=given.json)
+    try:
+        model = load_model(given.target)
+    except ValueError as error:
+        print(f"python -m fused fuse: {error}", file=sys.stderr)
+        return 2
+    print(fuse_(model, dry_run=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

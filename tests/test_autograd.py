@@ -1,0 +1,210 @@
+"""Differentiation and the compiler: gradcheck, torch.func, checkpointing, saved bytes, compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import EVERY_ACTIVATION, make_epilogue, make_inputs
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+import fused
+from fused import functional, ops
+from fused.functional import make_codes, run_linear_row, run_row
+
+pytestmark = pytest.mark.usefixtures("cpp")
+
+
+def doubles(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+
+@pytest.mark.parametrize("norm", [None, "layer", "rms"])
+@pytest.mark.parametrize("activation", EVERY_ACTIVATION)
+def test_gradcheck_and_gradgradcheck(activation: str | None, norm: str | None) -> None:
+    x, weight, bias, scale, shift, residual = doubles((3, 4), (5, 4), (5,), (5,), (5,), (3, 5))
+    codes = make_codes(norm, 1e-5 if norm else 0.0, activation, 0.3)
+    seed = torch.tensor([3])
+
+    def run(x, weight, bias, residual, *affine):  # type: ignore[no-untyped-def]
+        return run_linear_row(x, weight, bias, *(affine or (None, None)), residual, seed, codes)
+
+    inputs = (x, weight, bias, residual, *((scale, shift) if norm else ()))
+    assert gradcheck(run, inputs)
+    assert gradgradcheck(run, inputs)
+
+
+def test_gradgradcheck_without_linear_and_with_a_shared_tensor() -> None:
+    (z, scale) = doubles((4, 6), (6,))
+    codes = make_codes("layer", 1e-5, "tanh", 0.2)
+    seed = torch.tensor([3])
+
+    def run(z, scale):  # type: ignore[no-untyped-def]
+        return run_row(z, None, scale, scale, z, seed, codes)
+
+    assert gradcheck(run, (z, scale)) and gradgradcheck(run, (z, scale))
+
+
+@pytest.mark.parametrize("norm", [None, "layer", "rms"])
+def test_opcheck(norm: str | None) -> None:
+    for p in (0.0, 0.2):
+        for affine in (True, False):
+            inputs = make_inputs(5, 12, torch.float32, norm, affine=affine, bias=affine)
+            codes = make_epilogue(norm, "gelu", p).codes
+            seed = inputs.seed if p else None
+            forward = (inputs.z, *inputs.parameters, inputs.residual, seed, *codes)
+            torch.library.opcheck(ops.row_forward, forward)
+            torch.library.opcheck(ops.row_forward_, forward)
+            _, mean, rstd = ops.row_forward(*forward)
+            torch.library.opcheck(
+                ops.row_backward,
+                (inputs.dy, inputs.z, *inputs.parameters, mean, rstd, seed, *codes),
+            )
+
+
+def make_net(p: float = 0.0) -> fused.Sequential:
+    return fused.Sequential(
+        nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Dropout(p), nn.Linear(16, 3)
+    )
+
+
+def test_torch_func() -> None:
+    net, x = make_net(), torch.randn(5, 8)
+    parameters = dict(net.named_parameters())
+
+    def loss(parameters, row):  # type: ignore[no-untyped-def]
+        return torch.func.functional_call(net, parameters, (row,)).square().sum()
+
+    gradient = torch.func.grad(loss)(parameters, x)
+    loss(parameters, x).backward()
+    for name, t in net.named_parameters():
+        torch.testing.assert_close(gradient[name], t.grad, rtol=1e-4, atol=1e-5)
+    rows = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for name, t in rows.items():
+        torch.testing.assert_close(t.sum(0), gradient[name], rtol=1e-4, atol=1e-5)
+    jacobian = torch.func.jacrev(lambda row: functional.norm_act(row, norm="layer"))(x[0])
+    assert jacobian.shape == (8, 8)
+    torch.testing.assert_close(jacobian.sum(1), torch.zeros(8), atol=1e-5, rtol=0)
+
+
+def test_vmap_draws_masks_as_its_randomness_says() -> None:
+    x = torch.ones(4, 64)
+
+    def run(row):  # type: ignore[no-untyped-def]
+        return functional.norm_act(row, activation="relu", p=0.5)
+
+    different = torch.func.vmap(run, randomness="different")(x)
+    same = torch.func.vmap(run, randomness="same")(x)
+    assert not torch.equal(different[0], different[1])
+    assert torch.equal(same[0], same[1])
+
+
+def test_forward_mode_is_right_and_never_zero() -> None:
+    """The reference serves it; the fused operator has no jvp."""
+    x, tangent = torch.randn(3, 8), torch.randn(3, 8)
+
+    def run(x):  # type: ignore[no-untyped-def]
+        return functional.norm_act(x, norm="layer", activation="silu")
+
+    def plain(x):  # type: ignore[no-untyped-def]
+        return torch.nn.functional.silu(torch.nn.functional.layer_norm(x, (8,)))
+
+    expected = torch.func.jvp(plain, (x,), (tangent,))[1]
+    torch.testing.assert_close(torch.func.jvp(run, (x,), (tangent,))[1], expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        found = torch.autograd.forward_ad.unpack_dual(run(dual)).tangent
+    torch.testing.assert_close(found, expected)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        fused.autograd.RowFunction.apply(dual, *[None] * 5, make_codes("layer", 1e-5, None, 0.0))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    x = torch.randn(6, 8)
+    results = []
+    for checkpointed in (False, True):
+        torch.manual_seed(1)
+        net = make_net(0.5)
+        inputs = x.clone().requires_grad_()
+        torch.manual_seed(2)
+        y = checkpoint(net, inputs, use_reentrant=reentrant) if checkpointed else net(inputs)
+        y.square().sum().backward()
+        results.append([inputs.grad, *(t.grad for t in net.parameters())])
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm, statistics", [("layer", 2), ("rms", 1), (None, 0)])
+def test_bytes_kept_for_backward(norm: str | None, statistics: int, dtype: torch.dtype) -> None:
+    """Beyond what nn.Linear keeps: z, the statistics, the seed and the norm's parameters."""
+    rows, inputs, features = 64, 32, 48
+    block = fused.LinearNormAct(
+        inputs, features, norm=norm, activation="gelu", dropout=0.1, dtype=dtype
+    )
+    x = torch.randn(rows, inputs, dtype=dtype)
+    storages: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        block(x)
+    kept = sum(storages.values())
+    kept -= x.nbytes + sum(t.nbytes for t in block.parameters())
+    assert kept == rows * features * dtype.itemsize + statistics * rows * 4 + 8
+
+
+def test_gradients_only_where_wanted() -> None:
+    block = fused.LinearNormAct(8, 16, norm="layer", activation="relu")
+    block.linear.weight.requires_grad_(False)
+    block.norm.bias.requires_grad_(False)
+    x = torch.randn(4, 8, requires_grad=True)
+    block(x).sum().backward()
+    assert block.linear.weight.grad is None and block.norm.bias.grad is None
+    assert x.grad is not None and block.linear.bias.grad is not None
+    with torch.no_grad():
+        assert not block(x).requires_grad
+    with torch.inference_mode():
+        block(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
+def test_compile_full_graph_with_dynamic_batch(engine: str) -> None:
+    net = make_net()
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=engine)
+    for rows in (4, 7, 12):
+        x = torch.randn(rows, 8)
+        y = compiled(x)
+        expected = net(x)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        found = torch.autograd.grad(y.square().sum(), list(net.parameters()))
+        wanted = torch.autograd.grad(expected.square().sum(), list(net.parameters()))
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_dropout_drops_forward_and_backward_alike() -> None:
+    net = torch.compile(fused.NormAct(64, activation="relu", dropout=0.5), fullgraph=True)
+    x = torch.ones(8, 64, requires_grad=True)
+    y = net(x)
+    y.sum().backward()
+    assert torch.equal(y != 0, x.grad != 0) and (y == 0).any()
+    assert not torch.equal(net(x), y)
+
+
+@pytest.mark.slow
+def test_export_with_dynamic_batch() -> None:
+    net = make_net().eval()
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(net, (torch.randn(4, 8),), dynamic_shapes=({0: batch},))
+    x = torch.randn(9, 8)
+    torch.testing.assert_close(program.module()(x), net(x), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,188 @@
+"""The public functions: layouts, dtypes, seeds, backends, and what they refuse."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fused
+from fused import backend, functional
+
+
+def eager(x, weight, bias, norm_weight, norm_bias, residual):  # type: ignore[no-untyped-def]
+    z = F.layer_norm(F.linear(x, weight, bias), weight.shape[:1], norm_weight, norm_bias)
+    y = F.gelu(z)
+    return y if residual is None else residual + y
+
+
+@pytest.mark.parametrize("name", ["auto", "cpp", "reference"])
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5), (0, 5), (2, 0, 5)], ids=str)
+def test_shapes_on_every_backend(shape: tuple[int, ...], name: str) -> None:
+    x, weight, bias = torch.randn(shape), torch.randn(7, 5), torch.randn(7)
+    norm_weight, norm_bias = torch.randn(7), torch.randn(7)
+    residual = torch.randn(*shape[:-1], 7)
+    with fused.use_backend(name):
+        y = functional.linear_norm_act(
+            x, weight, bias, norm="layer", norm_weight=norm_weight, norm_bias=norm_bias,
+            activation="gelu", residual=residual,
+        )  # fmt: skip
+    expected = eager(x, weight, bias, norm_weight, norm_bias, residual)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_backends_give_the_same_under_one_seed() -> None:
+    x, weight = torch.randn(33, 20), torch.randn(70, 20)
+    results = []
+    for name in ("cpp", "reference"):
+        w = weight.clone().requires_grad_()
+        with fused.use_backend(name):
+            y = functional.linear_norm_act(x, w, norm="rms", activation="silu", p=0.4, seed=9)
+            y.square().sum().backward()
+        results.append((y.detach(), w.grad))
+    assert torch.equal(results[0][0] == 0, results[1][0] == 0)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_seeds_of_every_kind() -> None:
+    z = torch.ones(4, 64)
+
+    def run(seed: object) -> torch.Tensor:
+        return functional.norm_act(z, activation="relu", p=0.5, seed=seed)  # type: ignore[arg-type]
+
+    assert torch.equal(run(5), run(torch.tensor(5)))
+    assert torch.equal(run(5), run(torch.tensor([5])))
+    assert torch.equal(run(-1), run((1 << 64) - 1))
+    assert torch.equal(run(5) != 0, functional.dropout_mask(4, 64, 0.5, 5))
+    assert not torch.equal(run(5), run(6))
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "sliced": lambda t: torch.cat([t, t], dim=-1)[..., : t.shape[-1]],
+    "offset by one": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
+    "every second": lambda t: t.repeat_interleave(2, dim=-1)[..., ::2],
+    "expanded": lambda t: t[:1].expand(t.shape),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.sampled_from([1, 2, 5, 33]),
+    cols=st.sampled_from([1, 2, 7, 8, 9, 31, 64, 65, 129]),
+    layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 3),
+    norm=st.sampled_from([None, "layer", "rms"]),
+    affine=st.booleans(),
+    needs=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+)
+def test_any_layout(rows, cols, layouts, norm, affine, needs):  # type: ignore[no-untyped-def]
+    z, residual, dy = (LAYOUTS[name](torch.randn(rows, cols)) for name in layouts)
+    weight = torch.randn(cols) if affine and norm else None
+    results = []
+    for name in ("cpp", "reference"):
+        leaves = [
+            None if t is None else t.detach().requires_grad_(need)
+            for t, need in zip((z, weight, residual), needs, strict=True)
+        ]
+        with fused.use_backend(name):
+            y = functional.norm_act(
+                leaves[0], norm=norm, norm_weight=leaves[1], activation="tanh", p=0.3, seed=4,
+                residual=leaves[2],
+            )  # fmt: skip
+        if y.requires_grad:
+            y.backward(dy)
+        results.append([y.detach()] + [t.grad for t in leaves if t is not None])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and cols > 1:  # one column: eager's gradient is rounding noise
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("reduction", [torch.sum, torch.mean])
+def test_expanded_gradient(reduction: object) -> None:
+    x = torch.randn(6, 10, requires_grad=True)
+    reduction(functional.norm_act(x, norm="layer", activation="silu")).backward()  # type: ignore[operator]
+    expected = torch.autograd.grad(reduction(F.silu(F.layer_norm(x, (10,)))), x)[0]  # type: ignore[operator]
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_the_input_is_never_changed() -> None:
+    x, weight, residual = torch.randn(4, 8), torch.randn(8, 8), torch.randn(4, 8)
+    copies = [t.clone() for t in (x, weight, residual)]
+    with torch.no_grad():
+        functional.linear_norm_act(x, weight, activation="relu", residual=residual, p=0.5)
+        functional.norm_act(x, norm="layer", activation="relu", residual=residual)
+    for t, copy in zip((x, weight, residual), copies, strict=True):
+        assert torch.equal(t, copy)
+
+
+X, W = torch.randn(4, 512), torch.randn(256, 512)
+WRONG = [
+    (lambda: functional.linear_norm_act(X, torch.randn(256, 128)), ValueError,
+     "weight must be (N, 512) to match x (4, 512), got (256, 128)"),
+    (lambda: functional.linear_norm_act(X, W[0]), ValueError, "weight must be (N, K)"),
+    (lambda: functional.linear_norm_act(X, W, torch.randn(3)), ValueError,
+     "bias must be (256,), got (3,)"),
+    (lambda: functional.linear_norm_act(X, W, norm="layer", norm_weight=torch.randn(4)),
+     ValueError, "norm_weight must be (256,)"),
+    (lambda: functional.linear_norm_act(X, W, norm_weight=torch.randn(256)), ValueError,
+     "need a norm"),
+    (lambda: functional.linear_norm_act(X, W, norm="layr"), ValueError, "known: 'layer', 'rms'"),
+    (lambda: functional.linear_norm_act(X, W, activation="swish"), ValueError, "silu, mish"),
+    (lambda: functional.linear_norm_act(X, W, activation="relu", p=1.2), ValueError,
+     "between 0 and 1, but got 1.2"),
+    (lambda: functional.linear_norm_act(X, W, p="a"), TypeError, "p must be a number"),
+    (lambda: functional.linear_norm_act(X.long(), W), TypeError, "x must be floating point"),
+    (lambda: functional.linear_norm_act(X.double(), W), TypeError, "weight must have the dtype"),
+    (lambda: functional.linear_norm_act([1.0], W), TypeError, "x must be a tensor, got list"),
+    (lambda: functional.linear_norm_act(X, W, residual=torch.randn(4, 4)), ValueError,
+     "residual must be (4, 256)"),
+    (lambda: functional.linear_norm_act(X, W, activation="elu", slope=1.0), TypeError,
+     "takes alpha; got 'slope'"),
+    (lambda: functional.linear_norm_act(X, W, activation="elu", alpha="x"), TypeError,
+     "alpha must be a number"),
+    (lambda: functional.linear_norm_act(X, W.to("meta")), ValueError, "on one device"),
+    (lambda: functional.norm_act(torch.tensor(1.0)), ValueError, "z must be"),
+    (lambda: functional.norm_act(X, norm="layer", normalized_shape=(4, 7)), ValueError,
+     "z must be (..., 4, 7), got (4, 512)"),
+    (lambda: functional.norm_act(X, norm="layer", norm_weight=torch.randn(512).double()),
+     TypeError, "or float32, got torch.float64"),
+    (lambda: functional.norm_act(X, p=0.5, seed=1.5), TypeError, "seed must be an int"),
+    (lambda: functional.norm_act(X, p=0.5, seed=torch.ones(2)), ValueError, "one element"),
+    (lambda: functional.dropout_mask(-1, 4, 0.5, 1), ValueError, "must not be negative"),
+    (lambda: functional.dropout_mask(1, 4, 1.5, 1), ValueError, "between 0 and 1"),
+    (lambda: fused.use_backend("cudnn").__enter__(), ValueError, "known: auto, triton"),
+    (lambda: fused.fuse_(3), TypeError, "must be an nn.Module"),
+    (lambda: backend.set_cpu_isa("neon"), ValueError, "known: avx512"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call, error, text", WRONG, ids=[text for _, _, text in WRONG])
+def test_wrong_input_gets_one_clear_error(call: object, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=re.escape(text)):
+        call()  # type: ignore[operator]
+
+
+def test_a_backend_that_cannot_serve_says_so_once() -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with fused.use_backend("triton"):
+            for _ in range(3):
+                functional.norm_act(torch.randn(2, 4), activation="relu")
+    assert len(seen) == 1 and "triton serves cuda tensors, not cpu" in str(seen[0].message)
+
+
+def test_autocast() -> None:
+    x, weight = torch.randn(4, 8), torch.randn(6, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = functional.linear_norm_act(x, weight, norm="layer", activation="relu")
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.float32
