@@ -193,7 +193,7 @@ def _print_machine(facts: dict[str, Any]) -> None:
     }
     lines |= facts["environment"]
     for name, value in lines.items():
-        print(f"{name:<13}{value}")
+        print(f"{name:<20}{value}")
 
 
 def _print_results(results: list[Result], device: str) -> None:

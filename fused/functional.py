@@ -25,6 +25,8 @@ from .spec import make_epilogue
 __all__ = ["dropout_mask", "linear_norm_act", "norm_act"]
 
 functorch_active = torch._C._are_functorch_transforms_active
+_is_tracing = torch._C._is_tracing
+_forward_ad = torch.autograd.forward_ad
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 _SCALE_DTYPES = (torch.float32,)  # a norm's parameters may be wider than a 16-bit input
 # What CUDA autocast computes, and returns, in float32 (torch/csrc/autocast_mode.h).
@@ -54,14 +56,20 @@ def default_eps(norm: str | None, eps: float | None, dtype: torch.dtype) -> floa
 # ---- execution, on checked arguments ----
 
 
-def _composite(device_type: str, dtype: torch.dtype) -> bool:
+def _composite(x: Tensor) -> bool:
     """Whether the chain runs as plain torch operators rather than as one operator."""
-    return (
-        choose(device_type, dtype) == "reference"
-        or functorch_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.onnx.is_in_onnx_export()
-    )
+    if functorch_active() or _forward_ad._current_level >= 0:
+        return True
+    if (torch.compiler.is_compiling() or _is_tracing()) and torch.onnx.is_in_onnx_export():
+        return True
+    return choose("cpu" if x.is_cpu else x.device.type, x.dtype) == "reference"
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return torch.is_grad_enabled()
+    return False
 
 
 def run_row(
@@ -76,18 +84,12 @@ def run_row(
     """y (rows, cols) from z (rows, cols); draws the seed when the chain drops and none is given."""
     if seed is None and codes[5]:
         seed = draw_seed(z.device)
-    if _composite(z.device.type, z.dtype):
+    if _composite(z):
         return reference.row(z, epilogue_of(codes), bias, norm_weight, norm_bias, residual, seed)
     z = contiguous_rows(z)
     if residual is not None:
         residual = contiguous_rows(residual)
-    if torch.is_grad_enabled() and (
-        z.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (norm_weight is not None and norm_weight.requires_grad)
-        or (norm_bias is not None and norm_bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
+    if _needs_gradient(z, norm_weight, norm_bias, bias, residual):
         return RowFunction.apply(z, bias, norm_weight, norm_bias, residual, seed, codes)
     return ops.row_forward(z, bias, norm_weight, norm_bias, residual, seed, *codes)[0]
 
@@ -105,24 +107,17 @@ def run_linear_row(
     """y (rows, N) from x (rows, K) and weight (N, K)."""
     if seed is None and codes[5]:
         seed = draw_seed(x.device)
-    if _composite(x.device.type, x.dtype):
+    if _composite(x):
         z = F.linear(x, weight, bias)
         return reference.row(z, epilogue_of(codes), None, norm_weight, norm_bias, residual, seed)
     if residual is not None:
         residual = contiguous_rows(residual)
-    if torch.is_grad_enabled() and (
-        weight.requires_grad
-        or x.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (norm_weight is not None and norm_weight.requires_grad)
-        or (norm_bias is not None and norm_bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
+    if _needs_gradient(weight, x, bias, norm_weight, norm_bias, residual):
         return LinearRowFunction.apply(
             x, weight, bias, norm_weight, norm_bias, residual, seed, codes
         )
     z = torch.mm(x, weight.t())
-    if torch.compiler.is_compiling() or not z.is_cpu:
+    if not z.is_cpu or torch.compiler.is_compiling():
         return ops.row_forward(z, bias, norm_weight, norm_bias, residual, seed, *codes)[0]
     ops.row_forward_(z, bias, norm_weight, norm_bias, residual, seed, *codes)
     return z

@@ -210,7 +210,7 @@ class Chain:
         return ""
 
     def _signature(self, x: Tensor) -> tuple[Any, ...]:
-        return (x.dtype, x.device, x.shape[-1], x.dim(), backend.generation)
+        return x.dtype, x.device, x.shape[-1], backend.generation
 
     def _remember(self, x: Tensor) -> None:
         """Notes an input that passed, so that its like needs only the short guard."""

@@ -156,7 +156,7 @@ def raises(right: Callable[..., Any]) -> Callable[..., Any]:
     [
         ("row_forward", wrong_output, "the output is wrong by"),
         ("row_backward", wrong_gradient, "the gradient of"),
-        ("row_forward", wrong_mask, "is wrong by"),
+        ("row_forward", wrong_mask, "the dropout mask is not the one"),
         ("row_forward", raises, "the launch failed"),
     ],
 )

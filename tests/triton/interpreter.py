@@ -175,6 +175,17 @@ def _patch_launch() -> None:
     executor._init_args_hst = _init_args_hst
 
 
+def _patch_scalars() -> None:
+    """Loop bounds: 3.6 calls int() on one-element arrays, which NumPy 2.4 refuses; 3.7 squeezes."""
+    patch_tensor = triton_interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    triton_interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
 # The few PTX instructions that the kernels write by hand, at float32's accuracy.
 _PTX = {
     "ex2.approx.ftz.f32": np.exp2,
@@ -208,4 +219,5 @@ def install() -> None:
         _patch_memory()
         _patch_launch()
         _patch_inline_asm()
+        _patch_scalars()
         _State.installed = True

@@ -1,0 +1,131 @@
+"""What each suite measures: lists of cells, the most telling ones first.
+
+A cell is one chain at one size in one mode. A run that its time limit stops has then measured the
+cells that matter most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+LETTERS = {"L": "Linear", "N": "norm", "A": "activation", "D": "dropout"}
+MODES = {
+    "forward": "forward, training mode, no gradients",
+    "inference": "forward, evaluation mode, no gradients",
+    "training": "forward + backward",
+    "backward": "backward, as a part of the training step",
+}
+P = 0.1
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One chain at one size in one mode.
+
+    Attributes:
+        chain: its stages, such as "N-A-D" (`LETTERS`).
+        norm: "layer", "rms" or "" without one.
+        dtype: torch's name.
+        M, K, N: rows, features in (0 without a Linear), features out.
+        p: dropout probability.
+        mode: a key of `MODES`.
+    """
+
+    suite: str
+    chain: str
+    norm: str
+    activation: str
+    dtype: str
+    M: int
+    K: int
+    N: int
+    p: float
+    mode: str
+
+    @property
+    def has_linear(self) -> bool:
+        return "L" in self.chain
+
+    @property
+    def drops(self) -> bool:
+        return self.p > 0 and self.mode != "inference"
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.mode == "training"
+
+    def __str__(self) -> str:
+        size = f"{self.M}×{self.K}×{self.N}" if self.K else f"{self.M}×{self.N}"
+        names = " ".join(filter(None, (self.chain, self.norm, self.activation)))
+        return f"{names} {self.dtype} {size} p={self.p:g} {self.mode}"
+
+
+# (rows, features) of the norm suite: within the cache, beyond it, far beyond it, and an odd size.
+NORM_SIZES = ((8192, 256), (8192, 1024), (4096, 4096), (5000, 1000))
+# (M, K, N) of the linear suite.
+LINEAR_SIZES = (
+    (8192, 64, 256),
+    (8192, 256, 256),
+    (8192, 512, 512),
+    (4096, 1024, 1024),
+    (2048, 1024, 4096),
+    (256, 4096, 4096),
+)
+AUTOTUNED_SIZES = ((8192, 256, 256), (4096, 1024, 1024))
+HOST_SIZE = (8, 64)
+DTYPES = ("float32", "bfloat16")
+# LayerNorm + GELU and RMSNorm + SiLU are what models use; then the other pairs.
+PAIRS = (
+    *(("layer", "gelu"), ("rms", "silu"), ("layer", "relu")),
+    *(("rms", "gelu"), ("layer", "silu"), ("rms", "relu")),
+)
+HOST_CHAINS = ("L-N-A-D", "L-N-A", "L-A", "N-A", "N-A-D", "A-D")
+
+
+def norm_cells() -> Iterator[Cell]:
+    """Norm + activation, with and without dropout."""
+    for (norm, activation), dtype, (rows, cols) in product(PAIRS, DTYPES, NORM_SIZES):
+        for p, mode in product((P, 0.0), ("forward", "training")):
+            chain = "N-A-D" if p else "N-A"
+            yield Cell("norm", chain, norm, activation, dtype, rows, 0, cols, p, mode)
+
+
+def linear_cells() -> Iterator[Cell]:
+    """Linear + norm + activation, with and without dropout, as a training step and at inference."""
+    chains = (("L-N-A-D", "layer", "gelu", P), ("L-N-A", "rms", "silu", 0.0))
+    for (chain, norm, activation, p), dtype, size in product(chains, DTYPES, LINEAR_SIZES):
+        cell = Cell("linear", chain, norm, activation, dtype, *size, p, "training")
+        yield cell
+        yield replace(cell, mode="inference")
+    # What is left of the first chain's gain without dropout.
+    for dtype, size in product(DTYPES, LINEAR_SIZES):
+        yield Cell("linear", "L-N-A", "layer", "gelu", dtype, *size, 0.0, "training")
+
+
+def host_cells() -> Iterator[Cell]:
+    """Chains on tensors so small that only the host's work counts."""
+    rows, cols = HOST_SIZE
+    for (norm, activation), chain in product((("layer", "relu"), ("rms", "silu")), HOST_CHAINS):
+        if "N" not in chain and norm == "rms":
+            continue
+        inputs, p = (cols, P) if "L" in chain else (0, P)
+        p = p if "D" in chain else 0.0
+        name = norm if "N" in chain else ""
+        for mode in ("forward", "inference", "training"):
+            yield Cell("host", chain, name, activation, "float32", rows, inputs, cols, p, mode)
+
+
+SUITES = {"norm": norm_cells, "linear": linear_cells, "host": host_cells}
+
+
+def is_quick(cell: Cell) -> bool:
+    """Whether --quick measures it: few enough compilations for a minute."""
+    if cell.suite == "norm":
+        shown = (cell.norm, cell.activation) == ("layer", "gelu")
+        return shown and (cell.M, cell.N) == (8192, 256) and cell.p > 0
+    if cell.suite == "linear":
+        shown = (cell.M, cell.K, cell.N) == (8192, 64, 256)
+        return shown and (cell.norm, cell.p) == ("layer", P)
+    return cell.norm != "rms"

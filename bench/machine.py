@@ -1,0 +1,75 @@
+"""Where and with what a figure was measured."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fused import backend
+from fused.doctor import cpu_model, version_of
+
+ROOT = Path(__file__).resolve().parents[1]
+MEASURED = ("fused", "kernels", "csrc", "setup.py")
+FALLBACK_CACHE = 32 << 20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The columns that every row of a run has in common."""
+
+    device: str
+    machine: str
+    threads: int
+    isa: str
+    commit: str
+    date: str
+    python: str
+    torch: str
+    triton: str
+
+
+def commit_of(root: Path = ROOT) -> str:
+    """The checkout's commit; "-dirty" where what is measured differs from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
+        return commit + ("-dirty" if git("status", "--porcelain", "--", *MEASURED) else "")
+    except OSError:  # no git
+        return "unknown"
+
+
+def this_machine(device: str) -> Machine:
+    """What this process measures with."""
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_model()
+    return Machine(
+        device,
+        name,
+        torch.get_num_threads(),
+        (backend.cpu_isa() or "no C++ kernels") if device == "cpu" else "",
+        commit_of(),
+        datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+        platform.python_version(),
+        torch.__version__,
+        version_of("triton") or "",
+    )
+
+
+def last_level_cache(device: str) -> int:
+    """Bytes of the cache before the device's memory."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).L2_cache_size)
+    try:
+        return os.sysconf("SC_LEVEL3_CACHE_SIZE") or FALLBACK_CACHE
+    except (OSError, ValueError):
+        return FALLBACK_CACHE

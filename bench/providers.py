@@ -1,0 +1,142 @@
+"""Who is measured: eager torch, torch.compile, fused, and the machine's limits.
+
+All of them but the limits run the same children with the same parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fused
+from fused.spec import dropout_scale, dropout_threshold
+
+from .cells import AUTOTUNED_SIZES, Cell
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """x (M, K or N), a leaf that wants its gradient in training; dy (M, N)."""
+
+    x: Tensor
+    dy: Tensor
+
+
+@dataclass
+class Provider:
+    """Something that can be measured.
+
+    Attributes:
+        forward: takes the inputs; what it returns is given to `backward`.
+        backward: None where there is nothing to differentiate.
+        mode: under which mode its time counts; for a limit it need not be the cell's.
+        checked: whether it computes the chain, and so must pass the check.
+        keep_scale: what it multiplies kept elements by.
+    """
+
+    name: str
+    forward: Callable[[Inputs], Any]
+    mode: str
+    backward: Callable[[Inputs, Any], Any] | None = None
+    checked: bool = True
+    keep_scale: float = 1.0
+    parameters: list[nn.Parameter] = field(default_factory=list)
+
+
+def make_chain(cell: Cell, device: str) -> nn.Sequential:
+    """The cell's layers, in plain torch; the norm's parameters are not its defaults."""
+    dtype = getattr(torch, cell.dtype)
+    children: list[nn.Module] = []
+    if cell.has_linear:
+        children.append(nn.Linear(cell.K, cell.N))
+    if cell.norm:
+        norm = NORMS[cell.norm](cell.N)
+        for name, parameter in norm.named_parameters():
+            nn.init.normal_(parameter, float(name == "weight"), 0.2)
+        children.append(norm)
+    children.append(ACTIVATIONS[cell.activation]())
+    if "D" in cell.chain:
+        children.append(nn.Dropout(cell.p))
+    return nn.Sequential(*children).to(device, dtype).train(cell.mode != "inference")
+
+
+def _module_provider(
+    name: str, module: Callable[[Tensor], Tensor], chain: nn.Sequential, cell: Cell, scale: float
+) -> Provider:
+    parameters = list(chain.parameters())
+
+    def backward(inputs: Inputs, y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, [inputs.x, *parameters], inputs.dy)
+
+    return Provider(
+        name,
+        lambda inputs: module(inputs.x),
+        cell.mode,
+        backward if cell.needs_gradients else None,
+        keep_scale=scale if cell.drops else 1.0,
+        parameters=parameters,
+    )
+
+
+def _copy(like: Tensor) -> Provider:
+    """Reads and writes each element once: what a forward pass cannot beat without streaming."""
+    out = torch.empty_like(like)
+    return Provider("copy_", lambda inputs: out.copy_(inputs.x), "forward", checked=False)
+
+
+def _add(like: Tensor) -> Provider:
+    """Two streams in, one out, as backward has (z, dy, dz)."""
+    out = torch.empty_like(like)
+
+    def add(inputs: Inputs) -> Tensor:
+        return torch.add(inputs.x.detach(), inputs.dy, out=out)
+
+    return Provider("add", add, "backward", checked=False)
+
+
+def _gemms(cell: Cell, weight: Tensor) -> Provider:
+    """The matrix products that the step cannot do without; they allocate their outputs."""
+    weight = weight.detach()
+
+    def three(inputs: Inputs) -> tuple[Tensor, ...]:
+        x, dz = inputs.x.detach(), inputs.dy
+        return torch.mm(x, weight.t()), torch.mm(dz, weight), torch.mm(dz.t(), x)
+
+    def one(inputs: Inputs) -> Tensor:
+        return torch.mm(inputs.x, weight.t())
+
+    return Provider("gemms", three if cell.needs_gradients else one, cell.mode, checked=False)
+
+
+def make_providers(
+    cell: Cell, chain: nn.Sequential, like: Inputs, max_autotune: bool = False
+) -> list[Provider]:
+    """The providers of a cell; `like` has the sizes of its inputs."""
+    ours = fused.Sequential(*chain.children()).train(chain.training)
+    eager_scale = 1 / (1 - cell.p)
+    our_scale = dropout_scale(dropout_threshold(cell.p))
+    found = [
+        _module_provider("fused", ours, chain, cell, our_scale),
+        _module_provider("eager", chain, chain, cell, eager_scale),
+    ]
+    if cell.suite == "host":
+        return found
+    compiled = torch.compile(chain, dynamic=False, fullgraph=True)
+    found.append(_module_provider("compile", compiled, chain, cell, eager_scale))
+    if max_autotune and (cell.M, cell.K, cell.N) in AUTOTUNED_SIZES:
+        tuned = torch.compile(chain, dynamic=False, fullgraph=True, mode="max-autotune")
+        found.append(_module_provider("max-autotune", tuned, chain, cell, eager_scale))
+    if cell.has_linear:
+        linear = chain[0]
+        assert isinstance(linear, nn.Linear)
+        found.append(_gemms(cell, linear.weight))
+    else:
+        found.append(_add(like.dy) if cell.needs_gradients else _copy(like.dy))
+    return found

@@ -1,0 +1,51 @@
+"""Rows to and from CSV: one file a suite, what is measured again replaced, the rest kept."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from .harness import Row
+
+COLUMNS = [field.name for field in fields(Row)]
+# What tells two measurements apart; of two with the same key the later one counts.
+KEY = ("suite", "chain", "norm", "activation", "dtype", "M", "K", "N", "p", "mode", "provider",
+       "device", "machine", "threads", "isa")  # fmt: skip
+_INTEGERS = {"M", "K", "N", "rounds", "calls", "ring", "threads", "kept_bytes"}
+_NUMBERS = {"p", "median_us", "p20_us", "p80_us", "error",
+            "over_fused", "over_fused_p20", "over_fused_p80"}  # fmt: skip
+
+
+def _parse(name: str, text: str) -> object:
+    if text and name in _INTEGERS:
+        return int(text)
+    return float(text) if text and name in _NUMBERS else text
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file; none where it is missing.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != COLUMNS:
+            raise ValueError(f"{path} has other columns than this harness; move it away")
+        return [Row(**{k: _parse(k, v) for k, v in line.items()}) for line in reader]  # type: ignore[arg-type]
+
+
+def merge(path: Path, new: Sequence[Row]) -> None:
+    """Adds rows to a file, in place of those with the same key."""
+    rows = {tuple(getattr(row, name) for name in KEY): row for row in (*read(path), *new)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows.values())
+    partial.replace(path)
