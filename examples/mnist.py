@@ -133,14 +133,14 @@ def train(
 
 
 def table(curves: dict[str, Curve]) -> str:
-    """Losses at the end and at their best, and the error rate at the end."""
-    heads = f"{'training loss':>15}{'validation loss':>17}{'its lowest':>20}{'wrong answers':>15}"
+    """Losses at the end, the rise of the validation loss since its lowest, and the error rate."""
+    heads = f"{'training loss':>15}{'validation loss':>17}{'rise since':>20}{'wrong answers':>15}"
     lines = [f"{'':16}{heads}"]
     for name, curve in curves.items():
         best = min(curve.valid_loss)
-        lowest = f"{best:.3f} (epoch {curve.valid_loss.index(best) + 1})"
+        rise = f"{curve.valid_loss[-1] - best:.3f} (epoch {curve.valid_loss.index(best) + 1})"
         lines.append(
-            f"{name:16}{curve.train_loss[-1]:15.4f}{curve.valid_loss[-1]:17.3f}{lowest:>20}"
+            f"{name:16}{curve.train_loss[-1]:15.4f}{curve.valid_loss[-1]:17.3f}{rise:>20}"
             f"{curve.valid_error[-1]:15.1%}"
         )
     return "\n".join(lines)
@@ -189,7 +189,7 @@ def main() -> None:
     add("--rows", type=int, default=None, help="images to use (default: all 5,000)")
     add("--epochs", type=int, default=30)
     add("--features", type=int, default=512, help="of each hidden block")
-    add("--dropout", type=float, default=0.5)
+    add("--dropout", type=float, default=0.4)
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path(__file__).parent / "output", help="folder of the picture")
     args = parser.parse_args()

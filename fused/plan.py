@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from . import backend
+from .autograd import Codes
 from .backend import choose
 from .functional import (
     autocast_dtype,
@@ -25,6 +26,8 @@ from .functional import (
     functorch_active,
     linear_chain,
     make_codes,
+    run_linear_row,
+    run_row,
 )
 from .functional import chain as run_chain
 from .spec import ACTIVATIONS
@@ -129,6 +132,8 @@ class Chain:
     # What the last input that passed the guard looked like, and the tensors that it met.
     passed: tuple[Any, ...] | None = None
     tensors: list[tuple[dict[str, Any], str, Tensor | None, int]] = field(default_factory=list)
+    norm_name: str | None = None
+    fixed_activation: tuple[str | None, tuple[tuple[str, float], ...]] = (None, _NO_PARAMETERS)
     fused_calls: int = 0
     unfused_calls: int = 0
     reason: str = ""
@@ -138,6 +143,13 @@ class Chain:
             kind = _KIND_OF[type(child)]
             setattr(self, ("linear", "norm", "activation", "dropout")[kind], child)
         self.types = [(child, type(child)) for child in self.children]
+        if self.norm is not None:
+            self.norm_name = _NORM_OF[type(self.norm)]
+        # Most activations have nothing to read at each call.
+        if self.activation is not None and type(self.activation) is not nn.GELU:
+            name, parameters = activation_of(self.activation)
+            if not parameters:
+                self.fixed_activation = (name, parameters)
 
     def describe(self) -> str:
         """The chain in names: linear → layer → gelu → dropout."""
@@ -256,7 +268,7 @@ class Chain:
             return self.run(x)
         if self.passed is not None and self._passes_again(x):
             self.fused_calls += 1
-            return self.run(x)
+            return self._run_rows(x) if x.dim() == 2 else self.run(x)
         reason = self.static_reason() or self.input_reason(x)
         if reason:
             self.unfused_calls += 1
@@ -271,30 +283,48 @@ class Chain:
             x = child(x)
         return x
 
+    def _codes(self, dtype: torch.dtype) -> Codes:
+        """The operators' scalars as the children are now; dtype is that of the norm's input."""
+        norm, dropout = self.norm, self.dropout
+        eps = 0.0
+        if norm is not None:
+            eps = norm.eps if norm.eps is not None else default_eps(self.norm_name, None, dtype)
+        activation, parameters = self.fixed_activation
+        if activation is None and self.activation is not None:
+            activation, parameters = activation_of(self.activation)
+        p = dropout.p if dropout is not None and dropout.training else 0.0
+        return make_codes(self.norm_name, eps, activation, p, parameters)
+
+    def _norm_parameters(self) -> tuple[Tensor | None, Tensor | None]:
+        if self.norm is None:
+            return None, None
+        parameters = self.norm._parameters
+        return parameters["weight"], parameters.get("bias")
+
+    def _run_rows(self, x: Tensor) -> Tensor:
+        """`run` on (rows, features), where the short guard has passed."""
+        codes = self._codes(x.dtype)
+        norm_weight, norm_bias = self._norm_parameters()
+        if self.linear is None:
+            return run_row(x, None, norm_weight, norm_bias, None, None, codes)
+        parameters = self.linear._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None
+        return run_linear_row(x, weight, bias, norm_weight, norm_bias, None, None, codes)
+
     def run(self, x: Tensor, residual: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
         """The chain as one operation, on an input that the guard has passed."""
-        linear, norm, dropout = self.linear, self.norm, self.dropout
-        norm_name, norm_weight, norm_bias, eps, dims = None, None, None, 0.0, 1
-        if norm is not None:
-            norm_name = _NORM_OF[type(norm)]
-            parameters = norm.__dict__["_parameters"]
-            norm_weight, norm_bias = parameters["weight"], parameters.get("bias")
-            eps = norm.eps
-            if eps is None:  # of RMSNorm: the dtype of its own input decides
-                cast = autocast_dtype(x.device.type) if linear is not None else None
-                eps = default_eps(norm_name, None, cast or x.dtype)
-            dims = len(norm.normalized_shape)
-        activation, parameters_of = None, _NO_PARAMETERS
-        if self.activation is not None:
-            activation, parameters_of = activation_of(self.activation)
-        p = dropout.p if dropout is not None and dropout.training else 0.0
-        codes = make_codes(norm_name, eps, activation, p, parameters_of)
-        if linear is None:
-            if x.is_cuda and norm_name and torch.is_autocast_enabled("cuda"):
-                x = x.float()
+        norm_weight, norm_bias = self._norm_parameters()
+        dims = 1 if self.norm is None else len(self.norm.normalized_shape)
+        if self.linear is None:
+            codes = self._codes(x.dtype)
+            if x.is_cuda and self.norm_name and torch.is_autocast_enabled("cuda"):
+                x = x.float()  # as eager's norm does
             return run_chain(x, dims, norm_weight, norm_bias, residual, seed, codes)
-        parameters = linear.__dict__["_parameters"]
+        codes = self._codes(autocast_dtype(x.device.type) or x.dtype)
+        parameters = self.linear._parameters
         weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None
         if dims > 1:
             z = nn.functional.linear(x, weight, bias)
             return run_chain(z, dims, norm_weight, norm_bias, residual, seed, codes)
