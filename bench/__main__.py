@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from . import results
 from .cells import SUITES, Cell, is_quick
 from .harness import Outcome, measure
 from .machine import ROOT, Machine, this_machine
+from .providers import make_providers
 
 RESULTS = ROOT / "bench" / "results"
 QUICK_RESULTS = ROOT / ".cache" / "bench"
@@ -46,9 +48,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("torch sees no CUDA device")
     given.suites = given.suites or list(SUITES)
     given.out = given.out or (QUICK_RESULTS if given.quick else RESULTS)
-    given.seconds = given.seconds or (QUICK_SECONDS_PER_CELL if given.quick else SECONDS_PER_CELL)
-    limit = QUICK_MAX_SECONDS if given.quick else MAX_SECONDS
-    given.max_seconds = given.max_seconds or limit
+    if given.seconds is None:
+        given.seconds = QUICK_SECONDS_PER_CELL if given.quick else SECONDS_PER_CELL
+    if given.max_seconds is None:
+        given.max_seconds = QUICK_MAX_SECONDS if given.quick else MAX_SECONDS
     return given
 
 
@@ -66,6 +69,7 @@ def describe(outcome: Outcome) -> str:
 def run_suite(name: str, cells: list[Cell], given: argparse.Namespace, machine: Machine) -> bool:
     """Measures one suite; returns whether no provider was refused."""
     started, fine = time.monotonic(), True
+    make = partial(make_providers, max_autotune=given.max_autotune)
     path = given.out / f"{name}.csv"
     print(f"{name}: {len(cells)} cells, at most {given.max_seconds:.0f} s, to {path}", flush=True)
     for index, cell in enumerate(cells):
@@ -74,8 +78,8 @@ def run_suite(name: str, cells: list[Cell], given: argparse.Namespace, machine: 
             left = len(cells) - index
             print(f"{name}: stopped by its time limit; {left} cells not measured", flush=True)
             break
-        outcome = measure(cell, machine, given.seconds, max_autotune=given.max_autotune)
-        results.merge(path, outcome.rows)
+        outcome = measure(cell, machine, given.seconds, make)
+        results.merge(path, outcome, machine)
         elapsed = time.monotonic() - started
         print(f"{index + 1:4}/{len(cells)} {elapsed:6.0f} s  {cell}  {describe(outcome)}")
         for provider, reason in outcome.refused.items():

@@ -25,11 +25,12 @@ from .providers import Inputs, Provider
 
 SAMPLED_ROWS = 256
 # Largest and root-mean-square error, relative to those of the oracle. Eager rounds to the dtype
-# after each of up to five operators; a wrong formula is far beyond.
+# after each of up to five operators, and its LayerNorm sums the gradient of its bfloat16 weight in
+# bfloat16, which alone is 2 % off; a wrong formula is far beyond.
 LIMITS = {
     torch.float32: (2e-5, 1e-5),
-    torch.float16: (1e-2, 2e-3),
-    torch.bfloat16: (6e-2, 1.5e-2),
+    torch.float16: (2e-2, 6e-3),
+    torch.bfloat16: (1e-1, 4e-2),
 }
 # Standard deviations that the kept share may be off; by chance once in 10^7.
 DEVIATIONS = 5.5
@@ -103,6 +104,8 @@ def check(provider: Provider, cell: Cell, chain: nn.Sequential, inputs: Inputs) 
     y, wanted_dtype = y.detach(), getattr(torch, cell.dtype)
     if y.shape != dy.shape or y.dtype != wanted_dtype:
         raise CheckError(f"the output is {tuple(y.shape)} {y.dtype}")
+    if not bool(y.isfinite().all()):
+        raise CheckError("the output is not finite")
     x64 = inputs.x.detach()[rows].double().requires_grad_()
     parameters = [p.detach().double().requires_grad_() for p in chain.parameters()]
     want = _oracle(cell, chain, x64, parameters)

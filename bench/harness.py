@@ -12,12 +12,13 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from typing import Any
 
 import torch
+from torch import nn
 
 from .cells import Cell
 from .check import CheckError, check
@@ -81,6 +82,7 @@ class Row:
 class Outcome:
     """The rows of a cell, and which providers were refused and why."""
 
+    cell: Cell
     rows: list[Row]
     refused: dict[str, str]
 
@@ -201,29 +203,20 @@ def _rows(
     cell: Cell,
     machine: Machine,
     times: dict[tuple[str, str], list[float]],
-    common: dict[str, dict[str, Any]],
+    facts: dict[str, dict[str, Any]],
 ) -> list[Row]:
     rows = []
     for (name, mode), seconds in times.items():
+        median, p20, p80 = (round(value * 1e6, 3) for value in _spread(seconds))
         ours = times.get(("fused", mode))
         ratios: tuple[float | str, ...] = ("", "", "")
         if ours:
-            ratios = tuple(round(r, 4) for r in _spread([a / b for a, b in zip(seconds, ours)]))  # noqa: B905
-        key = asdict(cell) | {"mode": mode}
-        spread = [round(value * 1e6, 3) for value in _spread(seconds)]
-        rows.append(
-            Row(
-                **key,
-                provider=name,
-                **dict(zip(("median_us", "p20_us", "p80_us"), spread, strict=True)),
-                over_fused=ratios[0],
-                over_fused_p20=ratios[1],
-                over_fused_p80=ratios[2],
-                rounds=len(seconds),
-                **common[name],
-                **asdict(machine),
-            )
-        )
+            spread = _spread([theirs / own for theirs, own in zip(seconds, ours, strict=True)])
+            ratios = tuple(round(ratio, 4) for ratio in spread)
+        key = asdict(replace(cell, mode=mode)) | {"provider": name}
+        over = dict(zip(("over_fused", "over_fused_p20", "over_fused_p80"), ratios, strict=True))
+        more = {"median_us": median, "p20_us": p20, "p80_us": p80, "rounds": len(seconds)}
+        rows.append(Row(**key, **over, **more, **facts[name], **asdict(machine)))
     return rows
 
 
@@ -231,39 +224,38 @@ def measure(
     cell: Cell,
     machine: Machine,
     seconds: float,
-    providers: list[Provider] | None = None,
-    max_autotune: bool = False,
+    make: Callable[[Cell, nn.Sequential, Inputs], list[Provider]] = make_providers,
 ) -> Outcome:
     """Checks and times a cell.
 
     Args:
         seconds: how long to time; at least FEWEST_ROUNDS rounds are made.
-        providers: for tests; those of `make_providers` where None.
+        make: the providers of a cell, from its chain and inputs.
     """
     torch.manual_seed(0)
-    torch._dynamo.reset()
     chain = make_chain(cell, machine.device)
     ring = make_ring(cell, machine.device)
-    if providers is None:
-        providers = make_providers(cell, chain, ring[0], max_autotune)
-    common: dict[str, dict[str, Any]] = {}
+    providers = make(cell, chain, ring[0])
+    facts: dict[str, dict[str, Any]] = {}
     refused: dict[str, str] = {}
     passed = []
     for provider in providers:
-        facts: dict[str, Any] = {"error": "", "kept_bytes": "", "ring": len(ring)}
+        found: dict[str, Any] = {"error": "", "kept_bytes": "", "ring": len(ring)}
         try:
             if provider.checked:
-                facts["error"] = float(f"{check(provider, cell, chain, ring[0]):.3g}")
+                found["error"] = float(f"{check(provider, cell, chain, ring[0]):.3g}")
         except (CheckError, RuntimeError) as error:  # the compiler's errors are RuntimeErrors
             refused[provider.name] = str(error).strip().partition("\n")[0]
             continue
         if provider.backward and provider.name in ("eager", "fused"):
-            facts["kept_bytes"] = kept_bytes(provider, ring[0])
+            found["kept_bytes"] = kept_bytes(provider, ring[0])
         passed.append(provider)
-        common[provider.name] = facts
+        facts[provider.name] = found
+    if not any(provider.checked for provider in passed):
+        return Outcome(cell, [], refused)
     clock = Clock(machine.device, host=cell.suite == "host")
     with torch.set_grad_enabled(cell.needs_gradients):
         times, calls = time_in_turns(passed, ring, clock, seconds)
     for name, number in calls.items():
-        common[name]["calls"] = number
-    return Outcome(_rows(cell, machine, times, common), refused)
+        facts[name]["calls"] = number
+    return Outcome(cell, _rows(cell, machine, times, facts), refused)

@@ -128,6 +128,7 @@ def make_providers(
     ]
     if cell.suite == "host":
         return found
+    torch.compiler.reset()  # one cell must not use up the recompilations of the next
     compiled = torch.compile(chain, dynamic=False, fullgraph=True)
     found.append(_module_provider("compile", compiled, chain, cell, eager_scale))
     if max_autotune and (cell.M, cell.K, cell.N) in AUTOTUNED_SIZES:

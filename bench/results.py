@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
 from dataclasses import asdict, fields
+from itertools import product
 from pathlib import Path
 
-from .harness import Row
+from .harness import Outcome, Row
+from .machine import Machine
 
 COLUMNS = [field.name for field in fields(Row)]
 # What tells two measurements apart; of two with the same key the later one counts.
@@ -39,9 +40,16 @@ def read(path: Path) -> list[Row]:
         return [Row(**{k: _parse(k, v) for k, v in line.items()}) for line in reader]  # type: ignore[arg-type]
 
 
-def merge(path: Path, new: Sequence[Row]) -> None:
-    """Adds rows to a file, in place of those with the same key."""
-    rows = {tuple(getattr(row, name) for name in KEY): row for row in (*read(path), *new)}
+def merge(path: Path, outcome: Outcome, machine: Machine) -> None:
+    """Adds a cell's rows to a file, in place of those with the same key.
+
+    What an earlier run measured of a provider that is now refused is removed.
+    """
+    rows = {tuple(getattr(row, name) for name in KEY): row for row in (*read(path), *outcome.rows)}
+    modes = (outcome.cell.mode, *(["backward"] if outcome.cell.needs_gradients else []))
+    for provider, mode in product(outcome.refused, modes):
+        key = asdict(outcome.cell) | asdict(machine) | {"provider": provider, "mode": mode}
+        rows.pop(tuple(key[name] for name in KEY), None)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:

@@ -109,10 +109,10 @@ def train_repeats(
     return runs
 
 
-def judge(eager: Build, fused_build: Build) -> bool:
+def judge(eager: Build, fused_: Build) -> bool:
     """Prints whether the trained builds agree, metric by metric."""
     comparisons = [
-        Comparison(label, eager.last(metric), fused_build.last(metric))
+        Comparison(label, eager.last(metric), fused_.last(metric))
         for label, metric in (("validation loss", "valid_loss"), ("validation AUC", "valid_auc"))
     ]
     for comparison in comparisons:
@@ -155,18 +155,20 @@ def main() -> int:
     entries = [entry for _, entry in fused.fuse_(runs["fused"][-1].model).entries()]
     calls = sum(entry.fused_calls for entry in entries), sum(e.unfused_calls for e in entries)
     print(f"\nchains in the last fused run: {calls[0]:,} calls fused, {calls[1]:,} not")
-    builds = [Build(name, runs[name], kept_bytes(models[name], sample, recipe)) for name in models]
-    ratio, low, high = speed_up(*builds)
+    builds = {k: Build(k, runs[k], kept_bytes(models[k], sample, recipe)) for k in models}
+    ratio, low, high = speed_up(builds["eager"], builds["fused"])
     speed = f"a fused training step is {ratio:.2f} times as fast ({low:.2f} to {high:.2f})"
-    print(f"\n{table(*builds, batch)}\n\n{speed}: median, 20th and 80th percentile of neighbours")
-    agree = judge(*builds)
+    print(f"\n{table(builds['eager'], builds['fused'], batch)}\n")
+    print(f"{speed}: median, 20th and 80th percentile of neighbouring chunks of steps")
+    agree = judge(builds["eager"], builds["fused"])
 
     model = (
         f"Linear {' · '.join(map(str, args.hidden))}, {args.norm} norm, {args.activation},"
         f" dropout {args.dropout:g}, batch {batch}, {args.dtype}"
     )
     path = args.out / "flights.png"
-    picture(*builds, path, "Late flights from New York: eager and fused", f"{model}; {speed}")
+    title = "Late flights from New York: eager and fused"
+    picture(builds["eager"], builds["fused"], path, title, f"{model}; {speed}")
     passed = step.passed and agree
     print(f"\npicture: {path}; {time.perf_counter() - started:.0f} s in all")
     print(

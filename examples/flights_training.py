@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -156,7 +156,7 @@ class Run:
 
 
 def train_in_turns(
-    builds: dict[str, nn.Module],
+    builds: Mapping[str, nn.Module],
     train: Table,
     valid: Table,
     recipe: Recipe,

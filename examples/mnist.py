@@ -134,7 +134,9 @@ def train(
 
 def table(curves: dict[str, Curve]) -> str:
     """Losses at the end, the rise of the validation loss since its lowest, and the error rate."""
-    heads = f"{'training loss':>15}{'validation loss':>17}{'rise since':>20}{'wrong answers':>15}"
+    heads = (
+        f"{'training loss':>15}{'validation loss':>17}{'rise from lowest':>20}{'wrong answers':>15}"
+    )
     lines = [f"{'':16}{heads}"]
     for name, curve in curves.items():
         best = min(curve.valid_loss)

@@ -87,6 +87,11 @@ _library.impl("row_forward", _triton_row_forward, "CUDA")
 _library.impl("row_forward_", _triton_row_forward_, "CUDA")
 _library.impl("row_backward", _triton_row_backward, "CUDA")
 
+# Differentiation is autograd.py's; without this, torch's fallback for operators that have none
+# would look through the arguments at every call.
+for _name in ("row_forward", "row_forward_", "row_backward"):
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
 row_forward = torch.ops.fused_lnad.row_forward.default
 row_forward_ = torch.ops.fused_lnad.row_forward_.default
 row_backward = torch.ops.fused_lnad.row_backward.default

@@ -31,16 +31,14 @@ def row_offset(row, stride, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def load_optional(ptr, column, column_mask):
-    """A (cols,) parameter as float32 [1, BLOCK_N], or None where it is absent.
+def load_columns(ptr, column, column_mask):
+    """A (cols,) parameter as float32 [1, BLOCK_N].
 
     Two-dimensional on purpose: in a one-row tile the load then takes the layout of z's tile, also
-    when the parameter is float32 and z is bf16, and nothing has to be rearranged.
+    when the parameter is float32 and z is bf16, and nothing has to be rearranged. Callers test for
+    absent parameters: a jitted function that returns None does not compile in triton 3.6.
     """
-    if ptr is None:
-        return None
-    else:
-        return tl.load(ptr + column[None, :], mask=column_mask[None, :], other=0.0).to(tl.float32)
+    return tl.load(ptr + column[None, :], mask=column_mask[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -111,7 +109,7 @@ def _row_fwd_kernel(
     mask = row_mask[:, None] & column_mask[None, :]
 
     z_offset = row_offset(row, stride_zm, ALIGN)
-    bias = load_optional(bias_ptr, column, column_mask)
+    bias = load_columns(bias_ptr, column, column_mask) if bias_ptr is not None else None
     h = load_tile(z_ptr, z_offset + column[None, :], mask, bias)  # [BLOCK_M, BLOCK_N]
     if NORM is not None:
         first = tl.zeros((BLOCK_M,), tl.float32)
@@ -122,8 +120,14 @@ def _row_fwd_kernel(
         if NORM == "layer":
             tl.store(mean_ptr + row, mean, mask=row_mask)
         tl.store(rstd_ptr + row, rstd, mask=row_mask)
-        norm_weight = load_optional(norm_weight_ptr, column, column_mask)
-        norm_bias = load_optional(norm_bias_ptr, column, column_mask)
+        norm_weight = (
+            load_columns(norm_weight_ptr, column, column_mask)
+            if norm_weight_ptr is not None
+            else None
+        )
+        norm_bias = (
+            load_columns(norm_bias_ptr, column, column_mask) if norm_bias_ptr is not None else None
+        )
         h = affine(h * rstd[:, None], norm_weight, norm_bias)
     y = activate(h, tl.cast(alpha, tl.float32), tl.cast(beta, tl.float32), ACTIVATION, PTX)
     if seed_ptr is not None:
@@ -175,7 +179,7 @@ def _row_fwd_loop_kernel(
     for col0 in tl.range(0, cols, BLOCK_N):
         column = col0 + tl.arange(0, BLOCK_N)
         column_mask = column < end
-        bias = load_optional(bias_ptr, column, column_mask)
+        bias = load_columns(bias_ptr, column, column_mask) if bias_ptr is not None else None
         x = load_tile(z_ptr, z_offset + column[None, :], column_mask[None, :], bias)
         seen = tl.cast(col0, tl.float32)
         new = tl.cast(tl.minimum(cols - col0, BLOCK_N), tl.float32)
@@ -191,9 +195,15 @@ def _row_fwd_loop_kernel(
         column = col0 + tl.arange(0, BLOCK_N)
         column_mask = column < end
         mask = column_mask[None, :]
-        bias = load_optional(bias_ptr, column, column_mask)
-        norm_weight = load_optional(norm_weight_ptr, column, column_mask)
-        norm_bias = load_optional(norm_bias_ptr, column, column_mask)
+        bias = load_columns(bias_ptr, column, column_mask) if bias_ptr is not None else None
+        norm_weight = (
+            load_columns(norm_weight_ptr, column, column_mask)
+            if norm_weight_ptr is not None
+            else None
+        )
+        norm_bias = (
+            load_columns(norm_bias_ptr, column, column_mask) if norm_bias_ptr is not None else None
+        )
         h = load_tile(z_ptr, z_offset + column[None, :], mask, bias)
         h = centre(h, first, column_mask, NORM, True)
         h = centre(h, mean, column_mask, NORM, True) * rstd[:, None]

@@ -21,7 +21,7 @@ from . import tuning
 from .activation import activate_grad
 from .dropout import dropout_multiplier
 from .norm import centre, row_gradient, row_gradient_means
-from .row import affine, load_optional, load_tile, row_offset
+from .row import affine, load_columns, load_tile, row_offset
 
 BACKWARD_INTEGERS = ("rows", "cols", "stride_dym", "stride_zm", "threshold")
 
@@ -82,9 +82,15 @@ def _row_bwd_kernel(
     alpha = tl.cast(alpha, tl.float32)
     beta = tl.cast(beta, tl.float32)
     if STAGES > 1:
-        bias = load_optional(bias_ptr, column, column_mask)
-        norm_weight = load_optional(norm_weight_ptr, column, column_mask)
-        norm_bias = load_optional(norm_bias_ptr, column, column_mask)
+        bias = load_columns(bias_ptr, column, column_mask) if bias_ptr is not None else None
+        norm_weight = (
+            load_columns(norm_weight_ptr, column, column_mask)
+            if norm_weight_ptr is not None
+            else None
+        )
+        norm_bias = (
+            load_columns(norm_bias_ptr, column, column_mask) if norm_bias_ptr is not None else None
+        )
     if norm_weight_ptr is not None:
         dnorm_weight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if norm_bias_ptr is not None:
@@ -103,9 +109,17 @@ def _row_bwd_kernel(
         g = tl.load(dy_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         z_offset = row_offset(row, stride_zm, ALIGN)
         if STAGES == 1:
-            bias = load_optional(bias_ptr, column, column_mask)
-            norm_weight = load_optional(norm_weight_ptr, column, column_mask)
-            norm_bias = load_optional(norm_bias_ptr, column, column_mask)
+            bias = load_columns(bias_ptr, column, column_mask) if bias_ptr is not None else None
+            norm_weight = (
+                load_columns(norm_weight_ptr, column, column_mask)
+                if norm_weight_ptr is not None
+                else None
+            )
+            norm_bias = (
+                load_columns(norm_bias_ptr, column, column_mask)
+                if norm_bias_ptr is not None
+                else None
+            )
         h = load_tile(z_ptr, z_offset + column[None, :], mask, bias)
         if NORM is not None:
             xhat, rstd = _normalize(h, mean_ptr, rstd_ptr, row, row_mask, NORM)
@@ -184,9 +198,15 @@ def _row_sums_kernel(
         offset = row_offset(row, stride_dym, ALIGN) + column[None, :]
         g = tl.load(dy_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         z_offset = row_offset(row, stride_zm, ALIGN)
-        bias = load_optional(bias_ptr, column, column_mask)
-        norm_weight = load_optional(norm_weight_ptr, column, column_mask)
-        norm_bias = load_optional(norm_bias_ptr, column, column_mask)
+        bias = load_columns(bias_ptr, column, column_mask) if bias_ptr is not None else None
+        norm_weight = (
+            load_columns(norm_weight_ptr, column, column_mask)
+            if norm_weight_ptr is not None
+            else None
+        )
+        norm_bias = (
+            load_columns(norm_bias_ptr, column, column_mask) if norm_bias_ptr is not None else None
+        )
         x = load_tile(z_ptr, z_offset + column[None, :], mask, bias)
         xhat, _ = _normalize(x, mean_ptr, rstd_ptr, row, row < rows, NORM)
         h = affine(xhat, norm_weight, norm_bias)

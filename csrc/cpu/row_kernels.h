@@ -28,7 +28,7 @@ inline void accumulate(int64_t cols, V& first, V& second, const F& term) {
       term(i + k * kLanes, All<V>{}, sums[k][0], sums[k][1]);
     }
   }
-  for_each_vector<V>(i, cols, [&](int64_t j, auto n) { term(j, n, sums[0][0], sums[0][1]); });
+  for_each_vector<V>(i, cols, [&](int64_t j, auto n) FUSED_INLINE { term(j, n, sums[0][0], sums[0][1]); });
   for (int half = kAccumulators / 2; half > 0; half /= 2) {
     for (int k = 0; k < half; ++k) {
       sums[k][0] += sums[k + half][0];
@@ -56,6 +56,10 @@ struct RowBase {
   // One element of a per-column or per-row array.
   static const C* at(const void* array, int64_t i) { return static_cast<const C*>(array) + i; }
 
+  static bool must_copy(const RowProblem& problem) {
+    return !std::is_same_v<T, C> || problem.bias;
+  }
+
   template <class N>
   static V load_input(const T* z, const C* bias, int64_t i, N n) {
     V x = load(z + i, n);
@@ -76,39 +80,40 @@ struct RowBase {
     store(sum + i, load(sum + i, n) + x, n);
   }
 
-  // The statistics of one row. `values` becomes where the row can be read as compute type: the row
-  // itself, or scratch, filled on the way.
-  [[gnu::noinline]] static RowStatistics<V> statistics(const RowForward& problem, const T* z, C* scratch, int64_t row,
-                                     const C*& values) {
-    const C* bias = at(problem.bias, 0);
+  // The statistics of one row. Where the row is not of the compute type, or a bias is to be added,
+  // scratch is filled with what later passes read instead of z.
+  //
+  // The problem is copied here and in the kernels: a store through a pointer could change what is
+  // behind a reference, so the compiler would load it again for every vector.
+  [[gnu::noinline]] static RowStatistics<V> statistics(const RowForward& given, const T* z,
+                                                       C* scratch, int64_t row) {
+    const RowForward problem = given;
+    const C* const bias = problem.bias ? at(problem.bias, 0) : nullptr;
+    const bool copy = must_copy(problem), centered = problem.norm == Norm::layer;
     const int64_t cols = problem.cols;
     const C inverse = C(1) / static_cast<C>(cols);
     const V share = broadcast<V>(inverse);
-    constexpr bool kConvert = !std::is_same_v<T, C>;
-    const bool copy = kConvert || problem.bias;
-    if (!problem.bias) bias = nullptr;
-    if constexpr (!kConvert) values = copy ? scratch : z;
-    if constexpr (kConvert) values = scratch;
     V sum, square;
     // Each term is divided by cols before it is added: values near the largest float do not
     // overflow the mean.
-    accumulate<V>(cols, sum, square, [&](int64_t i, auto n, V& s, V& q) {
+    accumulate<V>(cols, sum, square, [=](int64_t i, auto n, V& s, V& q) FUSED_INLINE {
       const V x = load_input(z, bias, i, n);
       if (copy) store(scratch + i, x, n);
-      if (problem.norm == Norm::layer) {
+      if (centered) {
         s += x * share;
       } else {
         q += x * x * share;
       }
     });
     C mean = 0, variance = sum_lanes(square);
-    if (problem.norm == Norm::layer) {
+    if (centered) {
       // Corrected two-pass: Chan, Golub and LeVeque, "Algorithms for computing the sample
       // variance", 1983. The mean of the differences repairs the rounding of the first mean.
       const C first = sum_lanes(sum);
       const V center = broadcast<V>(first);
-      accumulate<V>(cols, sum, square, [&](int64_t i, auto n, V& s, V& q) {
-        const V d = first_lanes(load(values + i, n) - center, n);
+      accumulate<V>(cols, sum, square, [=](int64_t i, auto n, V& s, V& q) FUSED_INLINE {
+        const V x = copy ? load(scratch + i, n) : load_input(z, bias, i, n);
+        const V d = first_lanes(x - center, n);
         s += d;
         q += d * d;
       });
@@ -126,12 +131,15 @@ struct RowBase {
   // dz of one row from the gradient of its normalised values, and the linear bias's column sum.
   [[gnu::noinline]] static void finish_gradient(const RowBackward& problem, const C* gradient,
                                                 const C* normalized, V mean_g, V mean_gx,
-                                                const RowStatistics<V>& row, T* dz, C* dbias) {
-    for_each_vector<V>(0, problem.cols, [&](int64_t i, auto n) {
+                                                const RowStatistics<V>& given_row, T* dz,
+                                                C* dbias) {
+    const RowStatistics<V> row = given_row;
+    const bool streaming = problem.streaming;
+    for_each_vector<V>(0, problem.cols, [=](int64_t i, auto n) FUSED_INLINE {
       const V d = normalize_gradient(load(gradient + i, n), load(normalized + i, n), mean_g,
                                      mean_gx, row);
       if (dbias) add_to(dbias, i, d, n);
-      store_output(dz + i, d, n, problem.streaming);
+      store_output(dz + i, d, n, streaming);
     });
   }
 
@@ -156,7 +164,8 @@ struct Row : RowBase<T> {
   using typename Base::V;
   using Base::add_to, Base::affine, Base::at, Base::kLanes, Base::load_input, Base::store_output;
 
-  static void forward(const RowForward& problem, int64_t begin, int64_t end, void* scratch_) {
+  static void forward(const RowForward& given, int64_t begin, int64_t end, void* scratch_) {
+    const RowForward problem = given;
     C* scratch = static_cast<C*>(scratch_);
     const int64_t cols = problem.cols;
     const int64_t groups = (cols + kElementsPerCounter - 1) / kElementsPerCounter;
@@ -174,13 +183,14 @@ struct Row : RowBase<T> {
               : nullptr;
       T* y = static_cast<T*>(problem.y) + row * problem.y_stride;
       const T* next = row + 1 < end ? z + problem.z_stride : z;
-      const C* values = nullptr;
-      RowStatistics<V> row_statistics{};
       const bool normed = problem.norm != Norm::none;
-      if (normed) row_statistics = Base::statistics(problem, z, scratch, row, values);
+      const bool copied = normed && Base::must_copy(problem);
+      RowStatistics<V> row_statistics{};
+      if (normed) row_statistics = Base::statistics(given, z, scratch, row);
 
-      const auto element = [&](int64_t i, int64_t block, auto n) {
-        V h = normed ? normalize(load(values + i, n), row_statistics) : load_input(z, bias, i, n);
+      const auto element = [&](int64_t i, int64_t block, auto n) FUSED_INLINE {
+        V h = copied ? load(scratch + i, n) : load_input(z, bias, i, n);
+        if (normed) h = normalize(h, row_statistics);
         h = Activation::value(affine(h, problem, i, n), parameters);
         if (problem.threshold) {
           h *= dropout_factor(random + (i - block), problem.threshold, scale);
@@ -197,15 +207,16 @@ struct Row : RowBase<T> {
         if (block + kRandomBlock <= cols) {
           for (int j = 0; j < kRandomBlock; j += kLanes) element(block + j, block, All<V>{});
         } else {
-          for_each_vector<V>(block, cols, [&](int64_t i, auto n) { element(i, block, n); });
+          for_each_vector<V>(block, cols, [&](int64_t i, auto n) FUSED_INLINE { element(i, block, n); });
         }
       }
     }
     if (problem.streaming) fence_streaming();
   }
 
-  static void backward(const RowBackward& problem, int64_t begin, int64_t end,
+  static void backward(const RowBackward& given, int64_t begin, int64_t end,
                        const ColumnSums& sums, void* scratch_) {
+    const RowBackward problem = given;
     const int64_t cols = problem.cols;
     C* gradient = static_cast<C*>(scratch_);
     C* normalized = gradient + scratch_elements(cols) / 2;
@@ -231,7 +242,7 @@ struct Row : RowBase<T> {
                                             broadcast<V>(normed ? *at(problem.rstd, row) : C(1))};
       V sum_g{}, sum_gx{};
 
-      const auto element = [&](int64_t i, int64_t block, auto n) {
+      const auto element = [&](int64_t i, int64_t block, auto n) FUSED_INLINE {
         V x = load_input(z, bias, i, n);
         if (normed) x = normalize(x, row_statistics);
         V g = load(dy + i, n);
@@ -263,13 +274,13 @@ struct Row : RowBase<T> {
         if (block + kRandomBlock <= cols) {
           for (int j = 0; j < kRandomBlock; j += kLanes) element(block + j, block, All<V>{});
         } else {
-          for_each_vector<V>(block, cols, [&](int64_t i, auto n) { element(i, block, n); });
+          for_each_vector<V>(block, cols, [&](int64_t i, auto n) FUSED_INLINE { element(i, block, n); });
         }
       }
       if (!normed) continue;
       const V mean_g = broadcast<V>(centered ? sum_lanes(sum_g) * inverse : C(0));
       const V mean_gx = broadcast<V>(sum_lanes(sum_gx) * inverse);
-      Base::finish_gradient(problem, gradient, normalized, mean_g, mean_gx, row_statistics, dz,
+      Base::finish_gradient(given, gradient, normalized, mean_g, mean_gx, row_statistics, dz,
                             dbias);
     }
     if (problem.streaming) fence_streaming();

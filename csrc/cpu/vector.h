@@ -25,6 +25,10 @@
 #define FUSED_LANES 4
 #endif
 
+// On the bodies of loops: one that is not inlined holds its captures in memory, and every store
+// might change them.
+#define FUSED_INLINE __attribute__((always_inline))
+
 namespace fused::FUSED_TARGET {
 
 typedef float f32v __attribute__((vector_size(4 * FUSED_LANES)));

@@ -1,0 +1,190 @@
+"""Rows of a suite as markdown: a summary for the README, and every cell.
+
+Ratios are a provider's time over fused's: above 1 fused is faster. Cells in which fused is slower
+than a baseline are marked ▼. Shares are a machine limit's time over fused's.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .cells import LINEAR_SIZES, NORM_SIZES, P
+from .harness import Row
+
+BASELINES = ("eager", "compile", "max-autotune")
+LIMITS = ("copy_", "add", "gemms")
+LOSING, ABSENT = "▼", "–"
+LISTED = 12  # losing cells that a summary names one by one
+
+
+def select(rows: Iterable[Row], **wanted: object) -> list[Row]:
+    """The rows that have these values in these columns."""
+    return [r for r in rows if all(getattr(r, name) == value for name, value in wanted.items())]
+
+
+def has_ratio(r: Row) -> bool:
+    """Whether the row is compared with fused."""
+    return r.over_fused != "" and r.provider != "fused"
+
+
+def losing(rows: Iterable[Row]) -> list[Row]:
+    """The comparisons in which a baseline is faster than fused."""
+    return [r for r in rows if has_ratio(r) and r.provider in BASELINES and float(r.over_fused) < 1]
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    rule = ["---"] * len(header)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
+
+
+def size_of(r: Row) -> str:
+    return f"{r.M}×{r.K}×{r.N}" if "L" in r.chain else f"{r.M}×{r.N}"
+
+
+def name_of(r: Row) -> str:
+    """A cell in words."""
+    parts = (r.chain, r.norm, r.activation, r.dtype, size_of(r), r.mode)
+    return " ".join(filter(None, parts))
+
+
+def ratios(rows: Sequence[Row], marked: bool = True) -> str:
+    """The median of the rows' ratios, and the lowest in brackets where they are several."""
+    values = [float(r.over_fused) for r in rows if has_ratio(r)]
+    if not values:
+        return ABSENT
+    text = f"{statistics.median(values):.2f}"
+    if len(values) > 1:
+        text += f" ({min(values):.2f})"
+    return f"{text} {LOSING}" if marked and min(values) < 1 else text
+
+
+def kept(rows: Sequence[Row]) -> str:
+    """Bytes an output element that the forward pass keeps, eager → fused; medians."""
+    texts = []
+    for provider in ("eager", "fused"):
+        found = [
+            int(r.kept_bytes) / (r.M * r.N)
+            for r in select(rows, provider=provider, mode="training")
+            if r.kept_bytes != ""
+        ]
+        texts.append(f"{statistics.median(found):.1f}" if found else ABSENT)
+    return " → ".join(texts)
+
+
+def losing_text(rows: Sequence[Row]) -> str:
+    """How many comparisons fused loses, and which."""
+    compared = [r for r in rows if has_ratio(r) and r.provider in BASELINES]
+    lost = losing(rows)
+    if not lost:
+        return f"Fused is slower in none of {len(compared)} comparisons."
+    text = f"Fused is slower ({LOSING}) in {len(lost)} of {len(compared)} comparisons"
+    if len(lost) > LISTED:
+        return f"{text}; [every cell](docs/benchmarks.md) is listed with its mark."
+    named = [f"{name_of(r)} against {r.provider} ({float(r.over_fused):.2f})" for r in lost]
+    return f"{text}: {'; '.join(named)}."
+
+
+def norm_summary(rows: Sequence[Row]) -> str:
+    """A line per size, dtype and dropout, over all pairs of norm and activation."""
+    header = ["rows × features", "dtype", "dropout", "forward / eager", "/ compile"]
+    header += ["share of `copy_`", "forward + backward / eager", "/ compile"]
+    header += ["backward: share of add", "bytes kept"]
+    lines = []
+    for M, N in NORM_SIZES:
+        for dtype in dict.fromkeys(r.dtype for r in rows):
+            for p in (P, 0.0):
+                own = select(rows, M=M, N=N, dtype=dtype, p=p)
+                if not own:
+                    continue
+                line = [f"{M} × {N}", dtype, f"{p:g}" if p else "none"]
+                for mode in ("forward", "training"):
+                    line += [ratios(select(own, provider=b, mode=mode)) for b in BASELINES[:2]]
+                    limit = "copy_" if mode == "forward" else "add"
+                    line.append(ratios(select(own, provider=limit), marked=False))
+                lines.append([*line, kept(own)])
+    about = (
+        "Fused's speed-up: the median over all pairs of LayerNorm, RMSNorm and GELU, SiLU, ReLU,"
+        " and the lowest of them in brackets. Bytes kept: for backward, an element, besides the"
+        " input: eager → fused."
+    )
+    return f"{about}\n\n{table(header, lines)}\n\n{losing_text(rows)}"
+
+
+LINEAR_COLUMNS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("LayerNorm GELU dropout, training", {"norm": "layer", "p": P, "mode": "training"}),
+    ("LayerNorm GELU, training", {"norm": "layer", "p": 0.0, "mode": "training"}),
+    ("RMSNorm SiLU, training", {"norm": "rms", "mode": "training"}),
+    ("LayerNorm GELU, inference", {"norm": "layer", "mode": "inference"}),
+    ("RMSNorm SiLU, inference", {"norm": "rms", "mode": "inference"}),
+)
+
+
+def linear_summary(rows: Sequence[Row]) -> str:
+    """A line per size and dtype; speed-up over eager / compile / share of the GEMMs alone."""
+    header = ["M × K × N", "dtype", *(title for title, _ in LINEAR_COLUMNS), "bytes kept"]
+    lines = []
+    for M, K, N in LINEAR_SIZES:
+        for dtype in dict.fromkeys(r.dtype for r in rows):
+            own = select(rows, M=M, K=K, N=N, dtype=dtype)
+            if not own:
+                continue
+            line = [f"{M} × {K} × {N}", dtype]
+            for _, wanted in LINEAR_COLUMNS:
+                cell = select(own, **wanted)
+                found = [ratios(select(cell, provider=b)) for b in BASELINES[:2]]
+                found.append(ratios(select(cell, provider="gemms"), marked=False))
+                line.append(" / ".join(found))
+            lines.append([*line, kept(select(own, norm="layer", p=P))])
+    about = (
+        "Fused's speed-up over eager / over torch.compile / share of the matrix products alone"
+        " (three in training, one at inference). Bytes kept: for backward, an output element,"
+        " besides input and parameters, in the first column: eager → fused."
+    )
+    return f"{about}\n\n{table(header, lines)}\n\n{losing_text(rows)}"
+
+
+def host_summary(rows: Sequence[Row]) -> str:
+    """A line per chain; microseconds of eager → fused, and the ratio."""
+    modes = ("forward", "inference", "training")
+    lines = []
+    for chain, norm, activation in dict.fromkeys((r.chain, r.norm, r.activation) for r in rows):
+        own = select(rows, chain=chain, norm=norm, activation=activation)
+        line = [chain, " ".join(filter(None, (norm, activation)))]
+        for mode in modes:
+            times = [select(own, mode=mode, provider=name) for name in ("eager", "fused")]
+            if all(times):
+                eager, ours = (f"{found[0].median_us:.1f}" for found in times)
+                line.append(f"{eager} → {ours} ({ratios(times[0])})")
+            else:
+                line.append(ABSENT)
+        lines.append(line)
+    about = (
+        "Microseconds of a call on 8 × 64 float32 tensors, where only the host's work counts:"
+        " eager → fused (speed-up). L Linear, N norm, A activation, D dropout."
+    )
+    return f"{about}\n\n{table(['chain', '', *modes], lines)}\n\n{losing_text(rows)}"
+
+
+SUMMARIES = {"norm": norm_summary, "linear": linear_summary, "host": host_summary}
+
+
+def all_cells(rows: Sequence[Row]) -> str:
+    """A line per cell: fused's time, the speed-up over each baseline, the share of each limit."""
+    baselines = [b for b in BASELINES if select(rows, provider=b)]
+    limits = [b for b in LIMITS if select(rows, provider=b)]
+    header = ["cell", "p", "fused, µs (p20–p80)", *(f"/ {b}" for b in baselines)]
+    header += [f"share of `{b}`" if b == "copy_" else f"share of {b}" for b in limits]
+    cells: dict[tuple[str, float], list[Row]] = {}
+    for r in rows:
+        cells.setdefault((name_of(r), r.p), []).append(r)
+    lines = []
+    for (name, p), own in cells.items():
+        time = ABSENT
+        for r in select(own, provider="fused"):
+            time = f"{r.median_us:.1f} ({r.p20_us:.1f}–{r.p80_us:.1f})"
+        found = [ratios(select(own, provider=b), b in baselines) for b in (*baselines, *limits)]
+        lines.append([name, f"{p:g}", time, *found])
+    return table(header, lines)

@@ -1,0 +1,378 @@
+"""The benchmark harness: what it refuses, what it writes; and a few calls worth watching.
+
+    pytest tests/test_bench.py --benchmark-enable
+
+times the watched calls; otherwise they run once, like any test. Nothing is asserted about time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fused
+
+ROOT = Path(__file__).resolve().parents[1]
+P = 0.25
+
+
+@pytest.fixture(autouse=True)
+def _harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """bench/ can be imported, and the number of threads is restored."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_cell(**changes: Any) -> Any:
+    from bench.cells import Cell
+
+    return replace(
+        Cell("norm", "N-A-D", "layer", "gelu", "float32", 300, 0, 96, P, "training"), **changes
+    )
+
+
+def make_all(cell: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The chain, the inputs and the providers of a cell by name."""
+    from bench.harness import make_ring
+    from bench.providers import make_chain, make_providers
+
+    torch.manual_seed(0)
+    chain = make_chain(cell, "cpu")
+    (inputs,) = make_ring(cell, "cpu")
+    found = make_providers(cell, chain, inputs)
+    return chain, inputs, {provider.name: provider for provider in found}
+
+
+# ---- the check ----
+
+RIGHT = [
+    {},
+    {"dtype": "bfloat16"},
+    {"norm": "rms", "activation": "silu", "dtype": "float16"},
+    {"mode": "forward"},
+    {"mode": "inference", "activation": "relu"},
+    {"chain": "N-A", "p": 0.0},
+    {"chain": "L-N-A-D", "K": 40, "norm": "rms"},
+    {"chain": "L-A", "K": 40, "norm": "", "p": 0.0, "dtype": "bfloat16"},
+    {"chain": "A-D", "norm": ""},
+]
+
+
+@pytest.mark.parametrize("changes", RIGHT, ids=str)
+def test_right_providers_pass(changes: dict[str, Any]) -> None:
+    from bench.check import check
+
+    cell = make_cell(**changes)
+    chain, inputs, providers = make_all(cell)
+    for name in ("eager", "fused"):
+        assert 0 <= check(providers[name], cell, chain, inputs) < 0.1
+
+
+@pytest.mark.slow
+def test_the_compiler_passes() -> None:
+    from bench.check import check
+
+    cell = make_cell()
+    chain, inputs, providers = make_all(cell)
+    check(providers["compile"], cell, chain, inputs)
+
+
+def _drop(y: Tensor, p: float) -> Tensor:
+    return nn.functional.dropout(y, p)
+
+
+class DropsAnew(torch.autograd.Function):
+    """Dropout whose backward draws another mask than its forward."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return _drop(y, P)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return _drop(dy, P)
+
+
+class WeighsGradient(torch.autograd.Function):
+    """A gradient that is 1 % too large."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy * 1.01
+
+
+WRONG: dict[str, tuple[Callable[[nn.Sequential, Tensor], Tensor], str]] = {
+    "output": (lambda chain, x: chain(x) * 1.01, "output: relative error"),
+    "nan": (lambda chain, x: chain(x) * float("nan"), "the output is not finite"),
+    "one row": (lambda chain, x: torch.cat([chain(x[:-1]), x[-1:]]), "output: relative error"),
+    "dtype": (lambda chain, x: chain(x).double(), "torch.float64"),
+    "gradient": (lambda chain, x: WeighsGradient.apply(chain(x)), "gradient of x"),
+    "no dropout": (lambda chain, x: chain[:2](x), "dropout keeps 1.0"),
+    "other p": (lambda chain, x: _drop(chain[:2](x), 0.3), "should be 0.75000 ±"),
+    "scale": (lambda chain, x: chain(x) * (1 - P), "output: relative error"),
+    "masks": (lambda chain, x: DropsAnew.apply(chain[:2](x)), "gradient of x"),
+}
+
+
+def make_with_wrong_eager(name: str) -> Callable[..., list[Any]]:
+    """Fused, and a provider called eager that computes something else."""
+    from bench.providers import make_providers
+
+    def make(cell: Any, chain: nn.Sequential, inputs: Any) -> list[Any]:
+        ours, eager, *_ = make_providers(cell, chain, inputs)
+        call = WRONG[name][0]
+        return [ours, replace(eager, forward=lambda given: call(chain, given.x))]
+
+    return make
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_provider_is_refused(name: str, tmp_path: Path) -> None:
+    from bench import results
+    from bench.harness import measure
+    from bench.machine import this_machine
+    from bench.providers import make_providers
+
+    cell, machine, path = make_cell(), this_machine("cpu"), tmp_path / "norm.csv"
+    right = measure(cell, machine, 0.0, lambda *given: make_providers(*given)[:2])
+    assert right.refused == {}
+    results.merge(path, right, machine)
+    assert {r.provider for r in results.read(path)} == {"fused", "eager"}
+
+    outcome = measure(cell, machine, 0.0, make_with_wrong_eager(name))
+    assert list(outcome.refused) == ["eager"]
+    assert WRONG[name][1] in outcome.refused["eager"]
+    assert {r.provider for r in outcome.rows} == {"fused"}
+    results.merge(path, outcome, machine)
+    assert {r.provider for r in results.read(path)} == {"fused"}, "an earlier figure must go"
+
+
+def test_nothing_is_timed_when_all_are_refused() -> None:
+    from bench.harness import measure
+    from bench.machine import this_machine
+
+    wrong = make_with_wrong_eager("nan")
+    outcome = measure(make_cell(), this_machine("cpu"), 0.0, lambda *given: wrong(*given)[1:])
+    assert outcome.rows == []
+
+
+# ---- a run ----
+
+ONLY = ("host", "--only", "^N-A-D layer relu", "--seconds", "0.01")
+
+
+def test_a_run_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import results
+    from bench.__main__ import main
+
+    for _ in range(2):  # the second replaces what the first wrote
+        assert main([*ONLY, "--out", str(tmp_path)]) == 0
+    rows = results.read(tmp_path / "host.csv")
+    modes = {"forward", "inference", "training", "backward"}
+    got = [(r.mode, r.provider) for r in rows]
+    assert sorted(got) == sorted((m, p) for m in modes for p in ("eager", "fused"))
+    for r in rows:
+        assert (r.chain, r.M, r.K, r.N, r.p, r.threads) == ("N-A-D", 8, 0, 64, 0.1, 1)
+        assert 0 < r.p20_us <= r.median_us <= r.p80_us
+        assert r.over_fused == 1 if r.provider == "fused" else float(r.over_fused) > 0
+        assert float(r.error) < 2e-5
+        assert r.commit and r.machine and r.date and r.torch == torch.__version__
+        # Fused keeps mean and rstd of 8 rows and the seed; eager also copies and masks.
+        if r.mode == "training":
+            assert r.kept_bytes == 72 if r.provider == "fused" else int(r.kept_bytes) > 4096
+    printed = capsys.readouterr().out
+    assert printed.count("host: 3 cells") == 2
+    assert "3/3" in printed
+
+
+def test_a_refusal_is_printed_and_the_status_is_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench import __main__ as command
+
+    def make(*given: Any, max_autotune: bool) -> list[Any]:
+        return make_with_wrong_eager("output")(*given)
+
+    monkeypatch.setattr(command, "make_providers", make)
+    assert command.main([*ONLY, "--out", str(tmp_path)]) == 1
+    assert "REFUSED eager: output: relative error" in capsys.readouterr().out
+
+
+def test_the_time_limit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from bench.__main__ import main
+
+    assert main([*ONLY, "--out", str(tmp_path), "--max-seconds", "0"]) == 0
+    assert "stopped by its time limit; 3 cells not measured" in capsys.readouterr().out
+    assert not (tmp_path / "host.csv").exists()
+
+
+def test_large_inputs_are_rotated_past_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import harness
+
+    cell = make_cell(M=64, N=256)  # 64 KiB
+    for cache, count in ((1 << 20, 1), (1 << 18, 9), (1 << 16, 3), (1 << 12, 2)):
+        monkeypatch.setattr(harness, "last_level_cache", lambda device, cache=cache: cache)
+        ring = harness.make_ring(cell, "cpu")
+        assert len(ring) == count
+        assert len({inputs.x.data_ptr() for inputs in ring}) == count
+
+
+def test_ratios_are_medians_of_the_rounds_ratios() -> None:
+    """A disturbance of one round on both sides must not move the ratio."""
+    from bench.harness import _rows
+    from bench.machine import this_machine
+
+    times = {
+        ("fused", "forward"): [1.0, 1.0, 10.0, 1.0, 2.0],
+        ("eager", "forward"): [3.0, 3.0, 30.0, 3.0, 6.0],
+    }
+    facts = {
+        name: {"error": 0.0, "kept_bytes": "", "ring": 1, "calls": 1} for name in ("fused", "eager")
+    }
+    ours, eager = _rows(make_cell(mode="forward"), this_machine("cpu"), times, facts)
+    assert (ours.median_us, eager.median_us) == (1e6, 3e6)
+    assert (eager.over_fused, eager.over_fused_p20, eager.over_fused_p80) == (3, 3, 3)
+
+
+def test_every_quick_suite_has_cells() -> None:
+    from bench.cells import SUITES, is_quick
+
+    for name, cells in SUITES.items():
+        found = list(cells())
+        assert len(set(found)) == len(found)
+        assert 0 < sum(map(is_quick, found)) <= 20, name
+
+
+# ---- the report ----
+
+PAGE = "before\n<!-- bench:{0} -->\nold\n<!-- /bench:{0} -->\nafter\n"
+
+
+def make_results(folder: Path) -> None:
+    """A CSV for each suite, eager losing in all cells but the first."""
+    from bench import results
+    from bench.cells import SUITES
+    from bench.harness import Outcome, _rows
+    from bench.machine import this_machine
+
+    machine = this_machine("cpu")
+    for suite, cells in SUITES.items():
+        rows = []
+        for index, cell in enumerate(cells()):
+            limit = {"norm": "copy_", "linear": "gemms", "host": "eager"}[suite]
+            times = {
+                ("fused", cell.mode): [2e-3] * 7,
+                (limit, cell.mode): [1e-3] * 7,
+                ("eager", cell.mode): [5e-3 if index else 1e-3] * 7,
+            }
+            fact = {"error": 0.0, "kept_bytes": cell.M * cell.N, "ring": 1, "calls": 1}
+            rows += _rows(cell, machine, times, {name: fact for name in ("fused", "eager", limit)})
+        results.merge(folder / f"{suite}.csv", Outcome(cell, rows, {}), machine)
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_report(tmp_path: Path) -> None:
+    from bench.cells import SUITES
+    from bench.report import write_report
+
+    make_results(tmp_path)
+    pages = [tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"]
+    pages[1].parent.mkdir()
+    for page in pages:
+        page.write_text("".join(PAGE.format(suite) for suite in SUITES))
+    write_report(tmp_path, tmp_path)
+    once = [page.read_text() for page in pages]
+    write_report(tmp_path, tmp_path)
+    assert [page.read_text() for page in pages] == once, "writing again must change nothing"
+    for text in once:
+        assert "old" not in text
+        assert text.count("before") == text.count("after") == len(SUITES)
+        assert "0.50 ▼" in text
+        assert "torch " + torch.__version__ in text
+    assert "| 8192 × 256 | float32 | 0.1 | 2.50 (0.50) ▼ |" in once[0]
+    assert "norm: N-A-D" not in once[0]
+    assert "Fused is slower (▼) in 1 of" in once[0]
+    for suite in SUITES:
+        picture = tmp_path / "docs" / "images" / f"{suite}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert f"docs/images/{suite}.png" in once[0]
+
+
+def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench.report import fill
+
+    page = tmp_path / "README.md"
+    page.write_text("nothing\n")
+    with pytest.raises(ValueError, match="no markers <!-- bench:norm -->"):
+        fill(page, "norm", "text")
+
+
+def test_other_columns_are_refused(tmp_path: Path) -> None:
+    from bench import results
+
+    path = tmp_path / "norm.csv"
+    path.write_text("suite,time\nnorm,1\n")
+    with pytest.raises(ValueError, match="has other columns"):
+        results.read(path)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_the_pages_have_a_place_for_every_suite(page: str) -> None:
+    from bench.cells import SUITES
+
+    text = (ROOT / page).read_text()
+    for suite in SUITES:
+        assert text.count(f"<!-- bench:{suite} -->") == text.count(f"<!-- /bench:{suite} -->") == 1
+
+
+# ---- calls worth watching: pytest tests/test_bench.py --benchmark-enable ----
+
+watched = pytest.mark.skipif(
+    find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed"
+)
+
+
+@watched
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_watch_norm_act_forward(benchmark: Any, dtype: torch.dtype) -> None:
+    z, weight, bias = torch.randn(2048, 512, dtype=dtype), torch.ones(512), torch.zeros(512)
+    options = {"norm": "layer", "norm_weight": weight, "norm_bias": bias}
+    y = benchmark(fused.functional.norm_act, z, **options, activation="gelu", p=0.1, seed=1)
+    assert y.shape == z.shape
+
+
+@watched
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_watch_norm_act_backward(benchmark: Any, dtype: torch.dtype) -> None:
+    z = torch.randn(2048, 512, dtype=dtype, requires_grad=True)
+    weight = torch.ones(512, requires_grad=True)
+    y = fused.functional.norm_act(
+        z, norm="rms", norm_weight=weight, activation="silu", p=0.1, seed=1
+    )
+    dy = torch.randn_like(y)
+    dz, dweight = benchmark(torch.autograd.grad, y, (z, weight), dy, retain_graph=True)
+    assert (dz.shape, dweight.shape) == (z.shape, weight.shape)
+
+
+@watched
+@pytest.mark.parametrize("training", [False, True])
+def test_watch_tiny_call(benchmark: Any, training: bool) -> None:
+    net = fused.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU(), nn.Dropout(0.1))
+    x = torch.randn(8, 64)
+    with torch.set_grad_enabled(training):
+        y = benchmark(net.train(training), x)
+    assert y.shape == (8, 64)

@@ -1,0 +1,50 @@
+"""The README's example runs, its commands exist, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+from fused import backend
+from fused.spec import ACTIVATIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+# Without what the bench report writes.
+WRITTEN = re.sub(r"<!-- bench:(\w+) -->.*?<!-- /bench:\1 -->", "", README, flags=re.DOTALL)
+
+
+def test_the_example_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    if backend.cpu_isa() is None:
+        pytest.skip("the extension is not built, so nothing runs fused")
+    promised = re.findall(r"# (\[.*)", code)
+    assert promised
+    for line in promised:
+        assert line in printed.getvalue()
+
+
+def test_its_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    mentioned = set(
+        re.findall(r"\bmake ([a-z]+)", "\n".join(re.findall(r"`[^`]*`|^    .*", README, re.M)))
+    )
+    assert {"demo", "test"} <= mentioned <= targets
+
+
+def test_every_activation_is_named() -> None:
+    (line,) = [line for line in README.splitlines() if line.startswith("| activation |")]
+    names = line.split("|")[2].replace(" ", "").split(",")
+    assert names == [*ACTIVATIONS, "none"]
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^):]+)\)", README))))
+def test_links_lead_somewhere(target: str) -> None:
+    assert (ROOT / target).exists()
