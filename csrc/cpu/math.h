@@ -1,6 +1,6 @@
 // Elementary functions for the kernels: a few units in the last place, NaN and infinities right.
 //
-// The polynomials are relative-error minimax fits (Lawson's iteration, docs/numerics.md); the bound
+// The polynomials are relative-error minimax fits (Lawson's iteration, docs/accuracy.md); the bound
 // beside each is the fit's, before rounding.
 #pragma once
 
