@@ -258,9 +258,9 @@ struct ReluSquared {
 };
 
 // The activations in the order of their codes in fused/spec.py, 0 being none.
-#define FUSED_FOR_EACH_ACTIVATION(apply) \
+#define FUSED_FOR_EACH_ACTIVATION(apply)                                                       \
   apply(Identity) apply(Relu) apply(Relu6) apply(LeakyRelu) apply(Elu) apply(Selu) apply(Gelu) \
-      apply(GeluTanh) apply(Silu) apply(Mish) apply(Sigmoid) apply(Tanh) apply(Hardswish) \
+      apply(GeluTanh) apply(Silu) apply(Mish) apply(Sigmoid) apply(Tanh) apply(Hardswish)      \
           apply(Hardsigmoid) apply(Softplus) apply(ReluSquared)
 
 }  // namespace fused::FUSED_TARGET

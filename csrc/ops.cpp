@@ -75,9 +75,9 @@ Tensor new_tensor(std::initializer_list<int64_t> sizes, int32_t dtype) {
   int64_t strides[2] = {1, 1};
   if (sizes.size() == 2) strides[0] = *(sizes.begin() + 1);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
-                               aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.begin(), strides, dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
   if (bytes >= kHugePageThreshold) {
@@ -194,9 +194,9 @@ const void* column_array(const OptionalTensor& tensor, Storage compute, int slot
 }
 
 int64_t checked_row_stride(const Tensor& tensor, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == like.size(0) &&
-                      tensor.size(1) == like.size(1),
-                  "fused: ", name, " must be (", like.size(0), ", ", like.size(1), ")");
+  STD_TORCH_CHECK(
+      tensor.dim() == 2 && tensor.size(0) == like.size(0) && tensor.size(1) == like.size(1),
+      "fused: ", name, " must be (", like.size(0), ", ", like.size(1), ")");
   STD_TORCH_CHECK(tensor.stride(1) == 1 || tensor.size(1) <= 1, "fused: ", name,
                   " must have contiguous rows");
   STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), "fused: ", name,
@@ -255,10 +255,11 @@ void run_forward(const RowForward& problem, int64_t rows, Storage storage, int64
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> row_forward(
-    Tensor z, OptionalTensor bias, OptionalTensor norm_weight, OptionalTensor norm_bias,
-    OptionalTensor residual, OptionalTensor seed, int64_t norm, double eps, int64_t activation,
-    double alpha, double beta, int64_t threshold) {
+std::tuple<Tensor, Tensor, Tensor> row_forward(Tensor z, OptionalTensor bias,
+                                               OptionalTensor norm_weight, OptionalTensor norm_bias,
+                                               OptionalTensor residual, OptionalTensor seed,
+                                               int64_t norm, double eps, int64_t activation,
+                                               double alpha, double beta, int64_t threshold) {
   RowForward problem;
   fill_problem(problem, z, bias, norm_weight, norm_bias, seed,
                {norm, eps, activation, alpha, beta, threshold});
@@ -391,8 +392,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
   if (rows && cols) {
     problem.dz = dz.data_ptr();
     problem.streaming = worth_streaming(dz);
-    const BackwardKernel kernel =
-        active_kernels()->backward[static_cast<int>(storage)][activation];
+    const BackwardKernel kernel = active_kernels()->backward[static_cast<int>(storage)][activation];
     const size_t scratch = sizeof(double) * scratch_elements(cols);
     const int64_t grain = std::max<int64_t>(1, kGrain / (per_chunk * cols));
     torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {

@@ -92,10 +92,10 @@ def _triton_reason() -> str:
     if find_spec("triton") is None:
         return "triton is not installed; run 'pip install triton'"
     try:
-        from .kernels import row
+        from .kernels.row import row_forward
 
         z = torch.zeros(1, 16, device="cuda")
-        row.row_forward(z, None, None, None, None, None, 1, 1e-5, 0, 0.0, 0.0, 0)
+        row_forward(z, None, None, None, None, None, 1, 1e-5, 0, 0.0, 0.0, 0)
     except (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError) as error:
         text = str(error).strip()
         first = text.splitlines()[0] if text else type(error).__name__

@@ -33,7 +33,7 @@ class Report:
             steps = (
                 module._current_steps()
                 if isinstance(module, Sequential)
-                else make_steps(tuple(module._modules.items()))  # type: ignore[arg-type]
+                else make_steps(tuple(module._modules.items()))
             )
             found += [(path, make_entry(step)) for step in steps if isinstance(step, Chain)]
         return found
@@ -82,7 +82,7 @@ def fuse_(
         if isinstance(module, Sequential):
             report.modules[path] = module
             continue
-        chains = [s for s in make_steps(tuple(module._modules.items())) if isinstance(s, Chain)]  # type: ignore[arg-type]
+        chains = [s for s in make_steps(tuple(module._modules.items())) if isinstance(s, Chain)]
         if type(module) is not nn.Sequential:
             if chains:
                 name = type(module).__name__

@@ -43,7 +43,7 @@ class Sequential(nn.Sequential):
     def _current_steps(self) -> list[Chain | Single]:
         children = tuple(self._modules.items())
         if self._steps is None or children != self._planned:
-            self.__dict__["_steps"] = make_steps(children)  # type: ignore[arg-type]
+            self.__dict__["_steps"] = make_steps(children)
             self.__dict__["_planned"] = children
         return self._steps  # type: ignore[return-value]
 

@@ -6,6 +6,8 @@ operators are opaque to torch.compile and know nothing of autograd (autograd.py 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,22 +67,22 @@ def _(dy, z, bias, norm_weight, norm_bias, mean, rstd, seed, norm, eps, act, alp
 # ---- CUDA tensors: Triton; kernels/ is imported at the first call, not at import ----
 
 
-def _triton_row_forward(z: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
-    from .kernels import row
+def _triton_row_forward(z: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from .kernels.row import row_forward
 
-    return row.row_forward(z, *args)
-
-
-def _triton_row_forward_(z: Tensor, *args: object) -> None:
-    from .kernels import row
-
-    z.copy_(row.row_forward(z, *args)[0])
+    return row_forward(z, *args)
 
 
-def _triton_row_backward(dy: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from .kernels import row
+def _triton_row_forward_(z: Tensor, *args: Any) -> None:
+    from .kernels.row import row_forward
 
-    return row.row_backward(dy, *args)
+    z.copy_(row_forward(z, *args)[0])
+
+
+def _triton_row_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .kernels.row_backward import row_backward
+
+    return row_backward(dy, *args)
 
 
 _library.impl("row_forward", _triton_row_forward, "CUDA")

@@ -52,8 +52,10 @@ class ReLUSquared(nn.Module):
 
 # The torch module of each activation → its name; GELU decides by its `approximate`.
 _ACTIVATION_OF: dict[type, str | Callable[[Any], str]] = {
-    a.module: name for name, a in ACTIVATIONS.items() if a.module is not None
-} | {nn.GELU: _gelu_name, ReLUSquared: "relu_squared"}
+    **{a.module: name for name, a in ACTIVATIONS.items() if a.module is not None},
+    nn.GELU: _gelu_name,
+    ReLUSquared: "relu_squared",
+}
 
 _KIND_OF: dict[type, int] = {
     nn.Linear: LINEAR,

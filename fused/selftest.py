@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,13 @@ def self_test(
     activation, training = ACTIVATION_OF[norm], mode == "training"
     eps = default_eps(norm, None, dtype)
     call = linear_norm_act if operation == "linear_norm_act" else norm_act
-    options = {"norm": norm, "eps": eps, "activation": activation, "p": P, "training": training}
+    options: dict[str, Any] = {
+        "norm": norm,
+        "eps": eps,
+        "activation": activation,
+        "p": P,
+        "training": training,
+    }
     got = _outcome(partial(call, seed=SEED, **options), inputs, mode)
     epilogue = make_epilogue(norm, eps, activation, P if training else 0.0)
     plain = partial(_plain, epilogue)

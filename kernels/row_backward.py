@@ -290,12 +290,13 @@ def row_backward(
     empty = rows == 0 or cols == 0
     dz = z.new_empty((rows, cols))
     parameters = (norm_weight, norm_bias, bias)
-    gradients = tuple(
+    gradients = [
         z.new_empty((0,)) if p is None else (p.new_zeros if empty else p.new_empty)((cols,))
         for p in parameters
-    )
+    ]
+    dnorm_weight, dnorm_bias, dbias = gradients
     if empty:
-        return dz, *gradients
+        return dz, dnorm_weight, dnorm_bias, dbias
     device = tuning.device(z)
     mean_arg, rstd_arg = (mean if name == "layer" else None), (rstd if name else None)
     scalars = (rows, cols, dy.stride(0), z.stride(0), alpha, beta, threshold)
@@ -347,7 +348,7 @@ def row_backward(
         )
         if partial is not None:
             _sum_columns(partial, wanted)
-    return dz, *gradients
+    return dz, dnorm_weight, dnorm_bias, dbias
 
 
 def _sum_columns(partial: Tensor, outputs: list[Tensor]) -> None:

@@ -54,8 +54,8 @@ struct ColumnSums {
 
 // Both work on rows [begin, end). scratch holds scratch_elements(cols) compute-type elements.
 using ForwardKernel = void (*)(const RowForward&, int64_t begin, int64_t end, void* scratch);
-using BackwardKernel = void (*)(const RowBackward&, int64_t begin, int64_t end,
-                                const ColumnSums&, void* scratch);
+using BackwardKernel = void (*)(const RowBackward&, int64_t begin, int64_t end, const ColumnSums&,
+                                void* scratch);
 
 constexpr int64_t scratch_elements(int64_t cols) { return 2 * ((cols + 63) / 64 * 64); }
 

@@ -28,7 +28,8 @@ inline void accumulate(int64_t cols, V& first, V& second, const F& term) {
       term(i + k * kLanes, All<V>{}, sums[k][0], sums[k][1]);
     }
   }
-  for_each_vector<V>(i, cols, [&](int64_t j, auto n) FUSED_INLINE { term(j, n, sums[0][0], sums[0][1]); });
+  for_each_vector<V>(i, cols,
+                     [&](int64_t j, auto n) FUSED_INLINE { term(j, n, sums[0][0], sums[0][1]); });
   for (int half = kAccumulators / 2; half > 0; half /= 2) {
     for (int k = 0; k < half; ++k) {
       sums[k][0] += sums[k + half][0];
@@ -56,9 +57,7 @@ struct RowBase {
   // One element of a per-column or per-row array.
   static const C* at(const void* array, int64_t i) { return static_cast<const C*>(array) + i; }
 
-  static bool must_copy(const RowProblem& problem) {
-    return !std::is_same_v<T, C> || problem.bias;
-  }
+  static bool must_copy(const RowProblem& problem) { return !std::is_same_v<T, C> || problem.bias; }
 
   template <class N>
   static V load_input(const T* z, const C* bias, int64_t i, N n) {
@@ -136,8 +135,8 @@ struct RowBase {
     const RowStatistics<V> row = given_row;
     const bool streaming = problem.streaming;
     for_each_vector<V>(0, problem.cols, [=](int64_t i, auto n) FUSED_INLINE {
-      const V d = normalize_gradient(load(gradient + i, n), load(normalized + i, n), mean_g,
-                                     mean_gx, row);
+      const V d =
+          normalize_gradient(load(gradient + i, n), load(normalized + i, n), mean_g, mean_gx, row);
       if (dbias) add_to(dbias, i, d, n);
       store_output(dz + i, d, n, streaming);
     });
@@ -160,9 +159,9 @@ struct RowBase {
 template <class T, class Activation>
 struct Row : RowBase<T> {
   using Base = RowBase<T>;
+  using Base::add_to, Base::affine, Base::at, Base::kLanes, Base::load_input, Base::store_output;
   using typename Base::C;
   using typename Base::V;
-  using Base::add_to, Base::affine, Base::at, Base::kLanes, Base::load_input, Base::store_output;
 
   static void forward(const RowForward& given, int64_t begin, int64_t end, void* scratch_) {
     const RowForward problem = given;
@@ -178,9 +177,8 @@ struct Row : RowBase<T> {
     for (int64_t row = begin; row < end; ++row) {
       const T* z = static_cast<const T*>(problem.z) + row * problem.z_stride;
       const T* residual =
-          problem.residual
-              ? static_cast<const T*>(problem.residual) + row * problem.residual_stride
-              : nullptr;
+          problem.residual ? static_cast<const T*>(problem.residual) + row * problem.residual_stride
+                           : nullptr;
       T* y = static_cast<T*>(problem.y) + row * problem.y_stride;
       const T* next = row + 1 < end ? z + problem.z_stride : z;
       const bool normed = problem.norm != Norm::none;
@@ -207,15 +205,16 @@ struct Row : RowBase<T> {
         if (block + kRandomBlock <= cols) {
           for (int j = 0; j < kRandomBlock; j += kLanes) element(block + j, block, All<V>{});
         } else {
-          for_each_vector<V>(block, cols, [&](int64_t i, auto n) FUSED_INLINE { element(i, block, n); });
+          for_each_vector<V>(block, cols,
+                             [&](int64_t i, auto n) FUSED_INLINE { element(i, block, n); });
         }
       }
     }
     if (problem.streaming) fence_streaming();
   }
 
-  static void backward(const RowBackward& given, int64_t begin, int64_t end,
-                       const ColumnSums& sums, void* scratch_) {
+  static void backward(const RowBackward& given, int64_t begin, int64_t end, const ColumnSums& sums,
+                       void* scratch_) {
     const RowBackward problem = given;
     const int64_t cols = problem.cols;
     C* gradient = static_cast<C*>(scratch_);
@@ -274,7 +273,8 @@ struct Row : RowBase<T> {
         if (block + kRandomBlock <= cols) {
           for (int j = 0; j < kRandomBlock; j += kLanes) element(block + j, block, All<V>{});
         } else {
-          for_each_vector<V>(block, cols, [&](int64_t i, auto n) FUSED_INLINE { element(i, block, n); });
+          for_each_vector<V>(block, cols,
+                             [&](int64_t i, auto n) FUSED_INLINE { element(i, block, n); });
         }
       }
       if (!normed) continue;
@@ -290,7 +290,7 @@ struct Row : RowBase<T> {
 template <class T>
 inline void fill_storage(RowKernels& kernels, Storage storage) {
   int code = 0;
-#define FUSED_FILL(Activation)                                               \
+#define FUSED_FILL(Activation)                                                    \
   kernels.forward[static_cast<int>(storage)][code] = Row<T, Activation>::forward; \
   kernels.backward[static_cast<int>(storage)][code++] = Row<T, Activation>::backward;
   FUSED_FOR_EACH_ACTIVATION(FUSED_FILL)
