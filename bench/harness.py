@@ -215,13 +215,20 @@ def _rows(
     for (name, mode), seconds in times.items():
         median, p20, p80 = (round(value * 1e6, 3) for value in _spread(seconds))
         ours = times.get(("fused", mode))
-        ratios: tuple[float | str, ...] = ("", "", "")
+        ratios: tuple[Any, ...] = ("", "", "")
         if ours:
             spread = _spread([theirs / own for theirs, own in zip(seconds, ours, strict=True)])
             ratios = tuple(round(ratio, 4) for ratio in spread)
         key = asdict(replace(cell, mode=mode)) | {"provider": name}
-        over = dict(zip(("over_fused", "over_fused_p20", "over_fused_p80"), ratios, strict=True))
-        more = {"median_us": median, "p20_us": p20, "p80_us": p80, "rounds": len(seconds)}
+        over: dict[str, Any] = dict(
+            zip(("over_fused", "over_fused_p20", "over_fused_p80"), ratios, strict=True)
+        )
+        more: dict[str, Any] = {
+            "median_us": median,
+            "p20_us": p20,
+            "p80_us": p80,
+            "rounds": len(seconds),
+        }
         rows.append(Row(**key, **over, **more, **facts[name], **asdict(machine)))
     return rows
 

@@ -182,7 +182,9 @@ def _encode(table: pd.DataFrame, is_train: np.ndarray) -> tuple[np.ndarray, tupl
 
 def _standardise(table: pd.DataFrame, is_train: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
     """Numeric columns by the training split's median, mean and deviation, then missing flags."""
-    columns, flags, flag_names = [], [], []
+    columns: list[np.ndarray] = []
+    flags: list[np.ndarray] = []
+    flag_names: list[str] = []
     for name in NUMERIC:
         column = table[name].to_numpy(dtype=np.float64)
         missing = np.isnan(column)

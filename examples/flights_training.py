@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,8 @@ class Clock:
         self._marks.clear()
 
 
-def _seconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+def _seconds(start: Any, end: Any) -> float:
+    """Between two times in seconds, or two events."""
     if isinstance(start, torch.cuda.Event):
         return start.elapsed_time(end) / 1e3
     return end - start

@@ -22,11 +22,22 @@ class Progress:
         self._printed = dict.fromkeys(tasks, 0)
         self._bars = None
         if sys.stdout.isatty() and importlib.util.find_spec("rich"):
-            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                ProgressColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
             from rich.progress import Progress as Bars
 
             text = TextColumn("{task.fields[text]}")
-            columns = ["{task.description}", BarColumn(30), "{task.percentage:>3.0f}%", text]
+            columns: list[str | ProgressColumn] = [
+                "{task.description}",
+                BarColumn(30),
+                "{task.percentage:>3.0f}%",
+                text,
+            ]
             self._bars = Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn())
             self._ids = {task: self._bars.add_task(task, total=1.0, text="") for task in tasks}
 
