@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused import reference
-from fused.functional import default_eps
+from fused.dispatch import default_eps
 from fused.spec import make_epilogue
 
 from .cells import Cell

@@ -20,20 +20,23 @@ from torch.nn.modules import module as _module
 from . import backend
 from .autograd import Codes
 from .backend import choose
-from .functional import (
+from .dispatch import (
+    apply_linear_row,
+    apply_row,
     autocast_dtype,
     default_eps,
-    functorch_active,
+    is_tracing,
     linear_chain,
     make_codes,
-    run_linear_row,
-    run_row,
+    transformed,
 )
-from .functional import chain as run_chain
+from .dispatch import chain as run_chain
+from .random import draw_seed
 from .spec import ACTIVATIONS
 
 LINEAR, NORM, ACTIVATION, DROPOUT = range(4)
 _MINIMUM = 2
+_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def _gelu_name(child: nn.GELU) -> str:
@@ -243,7 +246,7 @@ class Chain:
         A parameter that is the same object with the same memory has kept its dtype, device and
         shape; nn.Module.to changes the memory of the same object.
         """
-        if global_hooks() or type(x) not in _PLAIN_TENSORS:
+        if global_hooks() or type(x) not in _PLAIN_TENSORS or _autocast_enabled():
             return False
         for child, expected in self.types:
             own = child.__dict__
@@ -261,10 +264,10 @@ class Chain:
         for parameters, name, t, pointer in self.tensors:
             if parameters.get(name, self) is not t or (t is not None and t.data_ptr() != pointer):
                 return False
-        return autocast_dtype(x.device.type) is None
+        return True
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or functorch_active():
+        if torch.compiler.is_compiling() or transformed() or is_tracing():
             if self.static_reason() or self.input_reason(x):
                 return self._one_by_one(x)
             return self.run(x)
@@ -306,13 +309,14 @@ class Chain:
     def _run_rows(self, x: Tensor) -> Tensor:
         """`run` on (rows, features), where the short guard has passed."""
         codes = self._codes(x.dtype)
+        seed = draw_seed(x.device) if codes[5] else None
         norm_weight, norm_bias = self._norm_parameters()
         if self.linear is None:
-            return run_row(x, None, norm_weight, norm_bias, None, None, codes)
+            return apply_row(x, None, norm_weight, norm_bias, None, seed, codes)
         parameters = self.linear._parameters
         weight, bias = parameters["weight"], parameters["bias"]
         assert weight is not None
-        return run_linear_row(x, weight, bias, norm_weight, norm_bias, None, None, codes)
+        return apply_linear_row(x, weight, bias, norm_weight, norm_bias, None, seed, codes)
 
     def run(self, x: Tensor, residual: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
         """The chain as one operation, on an input that the guard has passed."""

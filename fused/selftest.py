@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .functional import default_eps, dropout_mask, linear_norm_act, norm_act
+from .dispatch import default_eps
+from .functional import dropout_mask, linear_norm_act, norm_act
 from .spec import Epilogue, dropout_scale, dropout_threshold, make_epilogue
 
 OPERATIONS = ("linear_norm_act", "norm_act")

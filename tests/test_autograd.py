@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused
 from fused import functional, ops
-from fused.functional import make_codes, run_linear_row, run_row
+from fused.dispatch import make_codes, run_linear_row, run_row
 
 pytestmark = pytest.mark.usefixtures("cpp")
 

@@ -1,0 +1,212 @@
+"""How a chain with checked arguments runs: as one operator, or as plain torch operators.
+
+`linear_chain` and `chain` take inputs of any rank and follow autocast; `run_linear_row` and
+`run_row` take (rows, features) and choose; `apply_linear_row` and `apply_row` call the operator,
+through autograd where a gradient is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops, reference
+from .autograd import Codes, LinearRowFunction, RowFunction, contiguous_rows, epilogue_of
+from .backend import choose
+from .random import draw_seed
+from .spec import make_epilogue
+
+functorch_active = torch._C._are_functorch_transforms_active
+is_tracing = torch._C._is_tracing
+_forward_ad = torch.autograd.forward_ad
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+@lru_cache(maxsize=4096)
+def make_codes(
+    norm: str | None,
+    eps: float,
+    activation: str | None,
+    p: float,
+    parameters: tuple[tuple[str, float], ...] = (),
+) -> Codes:
+    """The operators' scalars for one chain; raises as `spec.make_epilogue` does."""
+    return make_epilogue(norm, eps, activation, p, parameters).codes
+
+
+def default_eps(norm: str | None, eps: float | None, dtype: torch.dtype) -> float:
+    """torch's default: 1e-5 for layer; for rms the epsilon of the dtype that it computes in."""
+    if eps is not None:
+        return eps
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    return float(torch.finfo(compute).eps) if norm == "rms" else 1e-5
+
+
+def transformed() -> bool:
+    """Whether torch differentiates forward or transforms: the operator serves neither."""
+    return functorch_active() or _forward_ad._current_level >= 0
+
+
+def _composite(x: Tensor) -> bool:
+    """Whether the chain runs as plain torch operators rather than as one operator."""
+    if transformed():
+        return True
+    if (torch.compiler.is_compiling() or is_tracing()) and torch.onnx.is_in_onnx_export():
+        return True
+    return choose("cpu" if x.is_cpu else x.device.type, x.dtype) == "reference"
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return torch.is_grad_enabled()
+    return False
+
+
+def run_row(
+    z: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    codes: Codes,
+) -> Tensor:
+    """y (rows, cols) from z (rows, cols); draws the seed when the chain drops and none is given."""
+    if seed is None and codes[5]:
+        seed = draw_seed(z.device)
+    if _composite(z):
+        return reference.row(z, epilogue_of(codes), bias, norm_weight, norm_bias, residual, seed)
+    return apply_row(z, bias, norm_weight, norm_bias, residual, seed, codes)
+
+
+def apply_row(
+    z: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    codes: Codes,
+) -> Tensor:
+    """`run_row` by the operator, where that is known to serve; needs the seed."""
+    z = contiguous_rows(z)
+    if residual is not None:
+        residual = contiguous_rows(residual)
+    if _needs_gradient(z, norm_weight, norm_bias, bias, residual):
+        return RowFunction.apply(z, bias, norm_weight, norm_bias, residual, seed, codes)
+    return ops.row_forward(z, bias, norm_weight, norm_bias, residual, seed, *codes)[0]
+
+
+def run_linear_row(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    codes: Codes,
+) -> Tensor:
+    """y (rows, N) from x (rows, K) and weight (N, K)."""
+    if seed is None and codes[5]:
+        seed = draw_seed(x.device)
+    if _composite(x):
+        z = F.linear(x, weight, bias)
+        return reference.row(z, epilogue_of(codes), None, norm_weight, norm_bias, residual, seed)
+    return apply_linear_row(x, weight, bias, norm_weight, norm_bias, residual, seed, codes)
+
+
+def apply_linear_row(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    codes: Codes,
+) -> Tensor:
+    """`run_linear_row` by the operator, where that is known to serve; needs the seed."""
+    if residual is not None:
+        residual = contiguous_rows(residual)
+    if _needs_gradient(weight, x, bias, norm_weight, norm_bias, residual):
+        return LinearRowFunction.apply(
+            x, weight, bias, norm_weight, norm_bias, residual, seed, codes
+        )
+    z = torch.mm(x, weight.t())
+    if not z.is_cpu or torch.compiler.is_compiling():
+        return ops.row_forward(z, bias, norm_weight, norm_bias, residual, seed, *codes)[0]
+    ops.row_forward_(z, bias, norm_weight, norm_bias, residual, seed, *codes)
+    return z
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast gives a matrix product on this device; None where it is off."""
+    if device_type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def linear_chain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    codes: Codes,
+) -> Tensor:
+    """`run_linear_row` for x of any rank, with eager's dtypes under autocast."""
+    shape = x.shape
+    cast = autocast_dtype(x.device.type)
+    if cast is not None:
+        x, weight = x.to(cast), weight.to(cast)
+        bias = None if bias is None else bias.to(cast)
+        norm = codes[0]
+        if x.device.type == "cuda" and norm:
+            # Eager's norm reads z in float32 there and returns float32.
+            z = F.linear(x, weight, bias).float()
+            return chain(z, 1, norm_weight, norm_bias, residual, seed, codes)
+    if len(shape) == 2:
+        if residual is not None and residual.dtype != x.dtype:
+            return residual + run_linear_row(
+                x, weight, bias, norm_weight, norm_bias, None, seed, codes
+            )
+        return run_linear_row(x, weight, bias, norm_weight, norm_bias, residual, seed, codes)
+    out = (*shape[:-1], weight.shape[0])
+    if residual is not None:
+        residual = residual.reshape(-1, weight.shape[0])
+    x = x.reshape(-1, shape[-1])
+    return linear_chain(x, weight, bias, norm_weight, norm_bias, residual, seed, codes).view(out)
+
+
+def chain(
+    z: Tensor,
+    normalized_dims: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    codes: Codes,
+) -> Tensor:
+    """`run_row` for z of any rank; a row is the last `normalized_dims` dimensions."""
+    if residual is not None and residual.dtype != z.dtype:
+        return residual + chain(z, normalized_dims, norm_weight, norm_bias, None, seed, codes)
+    shape = z.shape
+    if len(shape) == 2 and normalized_dims == 1:
+        return run_row(z, None, norm_weight, norm_bias, residual, seed, codes)
+    cols = math.prod(shape[len(shape) - normalized_dims :])
+    rows = math.prod(shape[: len(shape) - normalized_dims])
+    if residual is not None:
+        residual = residual.reshape(rows, cols)
+    if normalized_dims > 1:
+        norm_weight = None if norm_weight is None else norm_weight.reshape(cols)
+        norm_bias = None if norm_bias is None else norm_bias.reshape(cols)
+    z = z.reshape(rows, cols)
+    return run_row(z, None, norm_weight, norm_bias, residual, seed, codes).view(shape)
