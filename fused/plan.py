@@ -138,6 +138,7 @@ class Chain:
     passed: tuple[Any, ...] | None = None
     tensors: list[tuple[dict[str, Any], str, Tensor | None, int]] = field(default_factory=list)
     norm_name: str | None = None
+    alone: nn.Module | None = None
     fixed_activation: tuple[str | None, tuple[tuple[str, float], ...]] = (None, _NO_PARAMETERS)
     fused_calls: int = 0
     unfused_calls: int = 0
@@ -150,6 +151,9 @@ class Chain:
         self.types = [(child, type(child)) for child in self.children]
         if self.norm is not None:
             self.norm_name = _NORM_OF[type(self.norm)]
+        # Activation and dropout that does not drop: one torch operator, which nothing can shorten.
+        if self.linear is None and self.norm is None:
+            self.alone = self.activation
         # Most activations have nothing to read at each call.
         if self.activation is not None and type(self.activation) is not nn.GELU:
             name, parameters = activation_of(self.activation)
@@ -309,6 +313,8 @@ class Chain:
     def _run_rows(self, x: Tensor) -> Tensor:
         """`run` on (rows, features), where the short guard has passed."""
         codes = self._codes(x.dtype)
+        if self.alone is not None and not codes[5]:
+            return self.alone(x)
         seed = draw_seed(x.device) if codes[5] else None
         norm_weight, norm_bias = self._norm_parameters()
         if self.linear is None:
@@ -324,6 +330,8 @@ class Chain:
         dims = 1 if self.norm is None else len(self.norm.normalized_shape)
         if self.linear is None:
             codes = self._codes(x.dtype)
+            if self.alone is not None and not codes[5] and residual is None:
+                return self.alone(x)
             if x.is_cuda and self.norm_name and torch.is_autocast_enabled("cuda"):
                 x = x.float()  # as eager's norm does
             return run_chain(x, dims, norm_weight, norm_bias, residual, seed, codes)
