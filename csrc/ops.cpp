@@ -331,7 +331,8 @@ void add_chunks(const C* partial, int64_t chunks, int64_t cols, C* out) {
 struct PartialSum {
   PartialSum(bool wanted, int64_t chunks, int64_t cols, int32_t dtype)
       : partial(new_tensor({wanted ? chunks * cols : 0}, dtype)), wanted(wanted) {
-    if (wanted) memset(partial.data_ptr(), 0, partial.numel() * partial.element_size());
+    const size_t bytes = static_cast<size_t>(partial.numel()) * partial.element_size();
+    if (bytes) memset(partial.data_ptr(), 0, bytes);  // an empty tensor has no memory
   }
   void* at(int64_t chunk, int64_t cols) const {
     return wanted ? static_cast<char*>(partial.data_ptr()) + chunk * cols * partial.element_size()
@@ -356,6 +357,7 @@ Tensor finish_sum(const PartialSum& sum, int64_t chunks, int64_t cols, Storage c
   const bool same_dtype = dtype == compute_dtype(compute);
   if (same_dtype && chunks == 1) return sum.partial;
   Tensor out = new_tensor({cols}, dtype);
+  if (cols == 0) return out;
   if (same_dtype) {
     memcpy(out.data_ptr(), sum.partial.data_ptr(), cols * out.element_size());
   } else {

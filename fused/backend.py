@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,11 +52,11 @@ def _load_extension() -> tuple[ctypes.CDLL | None, str]:
     try:
         torch.ops.load_library(str(_EXTENSION))
         library = ctypes.CDLL(str(_EXTENSION))
-    except (OSError, RuntimeError) as error:
+        library.fused_cpu_isa.restype = ctypes.c_char_p
+        library.fused_set_cpu_isa.argtypes = [ctypes.c_char_p]
+    except (OSError, RuntimeError, AttributeError) as error:
         first = str(error).strip().splitlines()[0]
         return None, f"the C++ extension does not load ({first}); {_REBUILD}"
-    library.fused_cpu_isa.restype = ctypes.c_char_p
-    library.fused_set_cpu_isa.argtypes = [ctypes.c_char_p]
     return library, ""
 
 
@@ -96,7 +97,15 @@ def _triton_reason() -> str:
 
         z = torch.zeros(1, 16, device="cuda")
         row_forward(z, None, None, None, None, None, 1, 1e-5, 0, 0.0, 0.0, 0)
-    except (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError) as error:
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        subprocess.SubprocessError,  # Triton compiles its launcher with the C compiler
+    ) as error:
         text = str(error).strip()
         first = text.splitlines()[0] if text else type(error).__name__
         return f"a first Triton kernel failed ({first}); check the driver and the C compiler"
