@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,15 +96,8 @@ def _triton_reason() -> str:
 
         z = torch.zeros(1, 16, device="cuda")
         row_forward(z, None, None, None, None, None, 1, 1e-5, 0, 0.0, 0.0, 0)
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-        AttributeError,
-        TypeError,
-        ValueError,
-        subprocess.SubprocessError,  # Triton compiles its launcher with the C compiler
-    ) as error:
+    # Everything: Triton raises its own exceptions, the compiler's, the driver's and torch's.
+    except Exception as error:
         text = str(error).strip()
         first = text.splitlines()[0] if text else type(error).__name__
         return f"a first Triton kernel failed ({first}); check the driver and the C compiler"
