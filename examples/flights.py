@@ -27,6 +27,7 @@ from flights_training import Recipe, Run, train_in_turns
 from progress import Progress
 
 import fused
+from fused.backend import choose
 from fused.spec import ACTIVATIONS
 
 FEWEST_REPEATS = 2  # a spread needs two
@@ -69,13 +70,18 @@ def describe_data(flights: Flights) -> str:
     )
 
 
-def describe_machine(device: torch.device) -> str:
-    """The processor and the versions that the timings belong to."""
+def describe_machine(device: torch.device, dtype: torch.dtype) -> str:
+    """The processor, the backend and the versions that the timings belong to."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return f"{name}, torch {torch.__version__}, fused-lnad {fused.__version__}"
+        information = Path("/proc/cpuinfo")
+        lines = information.read_text().splitlines() if information.exists() else []
+        models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+        model = models[0] if models else platform.machine()
+        name = f"{model}, {torch.get_num_threads()} threads"
+    backend = choose(device.type, dtype)
+    return f"{name}; torch {torch.__version__}, fused-lnad {fused.__version__}, backend {backend}"
 
 
 def train_repeats(
@@ -139,7 +145,7 @@ def main() -> int:
     ).to(device)
     models = {"eager": eager, "fused": copy.deepcopy(eager)}
     report = fused.fuse_(models["fused"])
-    print(f"\n{describe_machine(device)}\n{report}")
+    print(f"\n{describe_machine(device, DTYPES[args.dtype])}\n{report}")
 
     batch = min(args.batch, max(1, len(flights.train) // 8))
     recipe = Recipe(args.epochs, batch, device, DTYPES[args.dtype])
