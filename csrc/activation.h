@@ -1,9 +1,9 @@
 // The activations and their derivatives, written once for every number type.
 //
 // V is a scalar or a vector of floats. The functions used here (broadcast, select, exp, expm1,
-// tanh, log1p_exp, normal_cdf, normal_pdf, reciprocal) are declared next to the type: cpu/math.h.
-// Values, breakpoints and derivatives at breakpoints are torch's; NaN goes through everywhere,
-// which is why comparisons are written so that NaN takes the branch that keeps it.
+// tanh, log1p_exp, normal_cdf, gelu_gradient, reciprocal, finite) are declared next to the type:
+// cpu/math.h. Values, breakpoints and derivatives at breakpoints are torch's; NaN goes through
+// everywhere, which is why comparisons are written so that NaN takes the branch that keeps it.
 // Order and codes: fused/spec.py.
 #pragma once
 
@@ -95,7 +95,8 @@ inline V sigmoid(V h) {
   return reciprocal(broadcast<V>(1.0) + exp(-h));
 }
 
-// σ and 1 − σ, the second without cancellation.
+// σ and 1 − σ, the second without cancellation. Where σ is 0, so is the second: every derivative
+// has their product.
 template <class V>
 struct SigmoidPair {
   V value, complement;
@@ -103,21 +104,20 @@ struct SigmoidPair {
 
 template <class V>
 inline SigmoidPair<V> sigmoid_pair(V h) {
-  const V one = broadcast<V>(1.0), e = exp(-h);
-  const V s = reciprocal(one + e);
-  return {s, select(h < broadcast<V>(-80.0), one, e * s)};  // beyond it e may be infinite
+  const V e = exp(-h);
+  const V s = reciprocal(broadcast<V>(1.0) + e);
+  return {s, finite(e) * s};
 }
 
 // h·Φ(h), Φ the normal distribution function.
 struct Gelu {
   template <class V>
   static V value(V h, const ActivationParameters<V>&) {
-    return h * normal_cdf(h).cdf;
+    return h * normal_cdf(h);
   }
   template <class V>
   static V gradient(V h, const ActivationParameters<V>&) {
-    const auto normal = normal_cdf(h);
-    return normal.cdf + h * normal.pdf;
+    return gelu_gradient(h);
   }
 };
 

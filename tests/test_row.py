@@ -164,7 +164,9 @@ def test_breakpoints_and_special_values(activation: str | None) -> None:
                 assert name != "y" or got.isnan() or not math.isnan(value), where
                 continue
             allowed = 2 * (torchs - want).abs() + 4e-7 * want.abs() + 1e-7 * abs(value) * 1e-3
-            assert (got - want).abs() <= allowed + 1e-12, where
+            # The derivative of GELU is a sum with 1/2, and is right to an ulp of that.
+            allowed += 6e-8 if (activation, name) == ("gelu", "dz") else 1e-12
+            assert (got - want).abs() <= allowed, where
 
 
 @pytest.mark.usefixtures("isa")

@@ -1,19 +1,15 @@
 // Elementary functions for the kernels: a few units in the last place, NaN and infinities right.
 //
-// The polynomials are relative-error minimax fits (Lawson's iteration, docs/accuracy.md); the bound
-// beside each is the fit's, before rounding.
+// The polynomials are minimax fits; the bound beside each is the fit's, before rounding to float.
+// tests/fits.py makes those of exp, normal_cdf and gelu_gradient.
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "vector.h"
 
 namespace fused::FUSED_TARGET {
-
-template <class V>
-struct Normal {
-  V cdf, pdf;
-};
 
 // ---- double: libm ----
 
@@ -21,11 +17,14 @@ inline double exp(double x) { return std::exp(x); }
 inline double expm1(double x) { return std::expm1(x); }
 inline double tanh(double x) { return std::tanh(x); }
 inline double reciprocal(double x) { return 1.0 / x; }
+// The largest finite number for infinity.
+inline double finite(double x) { return std::isinf(x) ? std::numeric_limits<double>::max() : x; }
 // log(1 + exp(x)) for x ≤ 0.
 inline double log1p_exp(double x) { return std::log1p(std::exp(x)); }
-inline Normal<double> normal_cdf(double h) {
-  constexpr double kSqrtHalf = 0.70710678118654752440, kPdf = 0.39894228040143267794;
-  return {0.5 * std::erfc(-h * kSqrtHalf), kPdf * std::exp(-0.5 * h * h)};
+// Φ, the normal distribution function, and d/dh h·Φ(h).
+inline double normal_cdf(double h) { return 0.5 * std::erfc(-h * 0.70710678118654752440); }
+inline double gelu_gradient(double h) {
+  return normal_cdf(h) + h * 0.39894228040143267794 * std::exp(-0.5 * h * h);
 }
 
 // ---- vectors of float ----
@@ -51,14 +50,35 @@ inline f32v scale_by_power(f32v x, f32v n) {
 #endif
 }
 
+// x, but no less than low or no more than high; NaN goes through.
+inline f32v at_least(f32v x, float low) {
+#if FUSED_AVX512
+  return (f32v)_mm512_max_ps(_mm512_set1_ps(low), (__m512)x);
+#elif FUSED_AVX2
+  return (f32v)_mm256_max_ps(_mm256_set1_ps(low), (__m256)x);
+#else
+  return x < low ? f32v{} + low : x;
+#endif
+}
+inline f32v at_most(f32v x, float high) {
+#if FUSED_AVX512
+  return (f32v)_mm512_min_ps(_mm512_set1_ps(high), (__m512)x);
+#elif FUSED_AVX2
+  return (f32v)_mm256_min_ps(_mm256_set1_ps(high), (__m256)x);
+#else
+  return x > high ? f32v{} + high : x;
+#endif
+}
+
+inline f32v finite(f32v x) { return at_most(x, std::numeric_limits<float>::max()); }
+
 struct ExpParts {
   f32v n, r;  // x = n·ln 2 + r, |r| ≤ ln 2 / 2
 };
 
 inline ExpParts split_exponent(f32v x) {
-  // Outside this range exp is 0 or infinity; the clamp keeps n in range and lets NaN through.
-  x = x < -104.0f ? f32v{} - 104.0f : x;
-  x = x > 89.0f ? f32v{} + 89.0f : x;
+  // Outside this range exp is 0 or infinity; the clamp keeps n in range.
+  x = at_most(at_least(x, -104.0f), 89.0f);
 #if FUSED_AVX512
   const f32v n = (f32v)_mm512_roundscale_ps((__m512)(x * 1.44269504f),
                                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -72,13 +92,13 @@ inline ExpParts split_exponent(f32v x) {
   return {n, r};
 }
 
-// (exp(r) − 1 − r) / r² on |r| ≤ ln 2 / 2: 1.5e-8 of it.
-constexpr float kExpTail[] = {4.999999955e-1f, 1.666657732e-1f, 4.166685337e-2f, 8.363140376e-3f,
-                              1.390128275e-3f};
+// exp(r) = 1 + r + r²·tail(r) on |r| ≤ ln 2 / 2: 3e-9 of it.
+constexpr float kExpTail[] = {4.999999345e-1f, 1.666652069e-1f, 4.166838737e-2f, 8.368709988e-3f,
+                              1.381461330e-3f};
 
 inline f32v exp(f32v x) {
   const auto [n, r] = split_exponent(x);
-  return scale_by_power((r * r) * polynomial(r, kExpTail) + r + 1.0f, n);
+  return scale_by_power((polynomial(r, kExpTail) * r + 1.0f) * r + 1.0f, n);
 }
 
 // exp(x) − 1 for x ≤ 88, as 2ⁿ·(exp(r) − 1) + (2ⁿ − 1): nothing cancels, because n = 0 near 0.
@@ -89,15 +109,26 @@ inline f32v expm1(f32v x) {
   return small * power + (power - 1.0f);
 }
 
-// 1 / x for x ≥ 1; 0 for infinity.
+// 1 / x for 1 ≤ x: 0 beyond 3e38 and for infinity, and NaN goes through.
 inline f32v reciprocal(f32v x) {
 #if FUSED_AVX512
-  // 14 bits, then one Newton step, which would be 0·∞ at infinity; NaN goes through.
-  const f32v guess = (f32v)_mm512_rcp14_ps((__m512)x);
-  const f32v result = guess + guess * (1.0f - x * guess);
-  return x > 3e38f ? f32v{} : result;
+  // 14 bits, then one Newton step, which would be 0·∞ at infinity.
+  const __m512 guess = _mm512_rcp14_ps((__m512)x);
+  const __m512 error = _mm512_fnmadd_ps((__m512)x, guess, _mm512_set1_ps(1.0f));
+  const __mmask16 finite = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(3e38f), _CMP_NGT_UQ);
+  return (f32v)_mm512_maskz_fmadd_ps(finite, guess, error, guess);
 #else
   return 1.0f / x;
+#endif
+}
+
+// p / q for q of ordinary size.
+inline f32v quotient(f32v p, f32v q) {
+#if FUSED_AVX512
+  const f32v guess = (f32v)_mm512_rcp14_ps((__m512)q);
+  return p * (guess + guess * (1.0f - q * guess));
+#else
+  return p / q;
 #endif
 }
 
@@ -126,16 +157,35 @@ inline f32v log1p_exp(f32v x) {
   return half + half;
 }
 
-// Φ(h) = 1 − q or q with q = erfc(|h|/√2)/2 = exp(−h²/2)·t·P(t), t = 1 / (1 + 0.23·|h|): the form
-// of Abramowitz and Stegun 7.1.26, fitted to 4e-8 of q for |h| ≤ 9. The exponential also gives the
-// density, so the derivative of GELU costs one exponential and one division.
-inline Normal<f32v> normal_cdf(f32v h) {
-  constexpr float kTail[] = {9.197226318e-2f, 8.829533084e-2f,  1.107227887e-1f, -1.431949098e-2f,
-                             2.768866852e-1f, -2.582788364e-1f, 2.814558243e-1f, -7.673458435e-2f};
-  const f32v t = reciprocal(absolute(h) * 0.23f + 1.0f);
-  const f32v e = exp(h * h * -0.5f);
-  const f32v q = e * (t * polynomial(t, kTail));
-  return {h < 0.0f ? q : 1.0f - q, e * 0.39894228f};
+// Φ(h) = 1/2 + h·P(h²) / Q(h²), so that h·Φ(h) is right to 9e-9 for |h| ≤ 5.2; exactly 0 and 1
+// beyond, where it is that to float precision.
+inline f32v normal_cdf(f32v h) {
+  constexpr float kP[] = {3.989421546e-1f, 3.335725231e-2f, 4.657556849e-3f,
+                          1.651521371e-4f, 6.462559010e-6f, 2.403903728e-8f};
+  constexpr float kQ[] = {
+      1.0f, 2.502795437e-1f, 2.839000421e-2f, 1.863399443e-3f, 7.316634432e-5f, 1.242983770e-6f};
+  const f32v s = at_most(h * h, 27.04f);
+  const f32v half = quotient(h * polynomial(s, kP), polynomial(s, kQ));
+  return at_most(at_least(half, -0.5f), 0.5f) + 0.5f;
+}
+
+// d/dh h·Φ(h) = 1/2 + h·P(h²) / Q(h²): 8e-8 for |h| ≤ 6; exactly 0 and 1 beyond, where it is that
+// to 4e-8.
+inline f32v gelu_gradient(f32v h) {
+  constexpr float kP[] = {7.978848148e-1f,  -4.911080487e-2f, 1.489486811e-2f,
+                          -2.934525652e-4f, 3.443247525e-5f,  -5.296986340e-7f};
+  constexpr float kQ[] = {1.0f,
+                          2.717859127e-1f,
+                          3.425290065e-2f,
+                          2.582766585e-3f,
+                          1.160287302e-4f,
+                          4.165102889e-6f,
+                          -1.316737056e-7f,
+                          3.774365555e-10f};
+  const f32v square = h * h, s = at_most(square, 36.0f);
+  const f32v near = quotient(h * polynomial(s, kP), polynomial(s, kQ));
+  const f32v half = square >= 36.0f ? copy_sign(f32v{} + 0.5f, h) : near;
+  return half + (h * 0.0f + 0.5f);  // 0·h is NaN for infinity, as torch's h·φ(h) is
 }
 
 }  // namespace fused::FUSED_TARGET

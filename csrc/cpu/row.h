@@ -52,12 +52,16 @@ struct ColumnSums {
   void* bias;
 };
 
-// Both work on rows [begin, end). scratch holds scratch_elements(cols) compute-type elements.
+// Both work on rows [begin, end). scratch holds scratch_elements(cols) compute-type elements, for
+// forward a batch of rows that fits in the first-level cache, for backward one row.
 using ForwardKernel = void (*)(const RowForward&, int64_t begin, int64_t end, void* scratch);
 using BackwardKernel = void (*)(const RowBackward&, int64_t begin, int64_t end, const ColumnSums&,
                                 void* scratch);
 
-constexpr int64_t scratch_elements(int64_t cols) { return 2 * ((cols + 63) / 64 * 64); }
+constexpr int64_t kBatchElements = 4096, kMostBatchRows = 8;
+constexpr int64_t scratch_elements(int64_t cols) {
+  return (cols > kBatchElements ? cols + 63 : kBatchElements) / 64 * 64;
+}
 
 struct RowKernels {
   const char* name;

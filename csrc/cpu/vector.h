@@ -233,7 +233,7 @@ inline void fence_streaming() {
 
 // Calls body(i, lanes) over [begin, end): All lanes, then the rest of the row if there is one.
 template <class V, class F>
-inline void for_each_vector(int64_t begin, int64_t end, const F& body) {
+FUSED_INLINE inline void for_each_vector(int64_t begin, int64_t end, const F& body) {
   int64_t i = begin;
   for (; i + kLanesOf<V> <= end; i += kLanesOf<V>) body(i, All<V>{});
   if (i < end) body(i, static_cast<int>(end - i));
