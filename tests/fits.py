@@ -76,7 +76,7 @@ def main() -> None:
     """Prints every fit."""
     # The weights: h·(Φ − 1/2) and the derivative itself are what must be right to 1e-7.
     show("normal_cdf", fit(normal_slope, lambda s: np.maximum(s, 0.05), 5.2**2, (5, 5)))
-    show("gelu_gradient", fit(gelu_slope, lambda s: np.maximum(np.sqrt(s), 0.3), 6.0**2, (5, 7)))
+    show("gelu_gradient", fit(gelu_slope, lambda s: np.maximum(np.sqrt(s), 0.3), 6.0**2, (6, 7)))
     # exp(r) on |r| ≤ ln 2 / 2, as a function of r shifted to begin at 0, is not what Horner's rule
     # wants; so the polynomial in r itself, by the same iteration.
     show_exponential()
