@@ -55,6 +55,7 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 SOURCES: dict[str, list[str]] = {
     "csrc/cpu/row_portable.cpp": [],
     "csrc/ops.cpp": [],
+    "csrc/cpu/memory.cpp": [],
 }
 if IS_X86:
     SOURCES = {

@@ -1,15 +1,11 @@
 // The CPU implementations of the row operators (schemas: fused/ops.py), on libtorch's stable ABI.
 //
 // This file allocates, chooses the instruction set and splits the rows over threads; the
-// arithmetic is in cpu/row_kernels.h.
-#include <sys/mman.h>
-#include <unistd.h>
-
+// arithmetic is in cpu/row_forward.h and cpu/row_backward.h.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -19,6 +15,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "cpu/memory.h"
 #include "cpu/row.h"
 
 namespace fused {
@@ -62,56 +59,6 @@ const RowKernels* best_kernels() {
 const RowKernels*& active_kernels() {
   static const RowKernels* kernels = best_kernels();
   return kernels;
-}
-
-// ---- memory ----
-
-// Beyond malloc's largest heap allocation every tensor is a fresh mapping, and touching it in 4 KiB
-// pages costs more than the kernel itself.
-constexpr size_t kHugePageThreshold = size_t{32} << 20;
-constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-
-// A contiguous CPU tensor of one or two dimensions.
-Tensor new_tensor(std::initializer_list<int64_t> sizes, int32_t dtype) {
-  int64_t strides[2] = {1, 1};
-  if (sizes.size() == 2) strides[0] = *(sizes.begin() + 1);
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.begin(), strides, dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor tensor(handle);
-  const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
-  if (bytes >= kHugePageThreshold) {
-    const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-    const uintptr_t first = (start + kHugePage - 1) & ~(kHugePage - 1);
-    const uintptr_t last = (start + bytes) & ~(kHugePage - 1);
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  }
-  return tensor;
-}
-
-// A buffer of the calling thread that survives the call; slot tells independent uses apart.
-void* thread_buffer(int slot, size_t bytes) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<void, Free> buffers[5];
-  thread_local size_t sizes[5] = {};
-  if (sizes[slot] < bytes) {
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
-    buffers[slot].reset(std::aligned_alloc(64, rounded));
-    STD_TORCH_CHECK(buffers[slot] != nullptr, "fused: out of memory for ", rounded, " bytes");
-    sizes[slot] = rounded;
-  }
-  return buffers[slot].get();
-}
-
-size_t last_level_cache() {
-  static const size_t bytes = [] {
-    const long found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    return found > 0 ? static_cast<size_t>(found) : size_t{32} << 20;
-  }();
-  return bytes;
 }
 
 bool worth_streaming(const Tensor& out) {
@@ -256,11 +203,23 @@ void run_forward(const RowForward& problem, int64_t rows, Storage storage, int64
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> row_forward(Tensor z, OptionalTensor bias,
-                                               OptionalTensor norm_weight, OptionalTensor norm_bias,
-                                               OptionalTensor residual, OptionalTensor seed,
-                                               int64_t norm, double eps, int64_t activation,
-                                               double alpha, double beta, int64_t threshold) {
+// How many statistics of a row the norm has: mean and rstd, or rstd.
+int64_t statistics_of(Norm norm) { return norm == Norm::layer ? 2 : norm == Norm::rms ? 1 : 0; }
+
+// Where mean and rstd are in a (statistics, rows) array of the compute type.
+template <class Problem>
+void place_statistics(Problem& problem, const void* data, int64_t rows, Storage storage) {
+  const size_t size = storage == Storage::f64 ? sizeof(double) : sizeof(float);
+  char* start = static_cast<char*>(const_cast<void*>(data));
+  problem.mean = problem.norm == Norm::layer ? start : nullptr;
+  problem.rstd = problem.norm == Norm::layer ? start + size * static_cast<size_t>(rows) : start;
+}
+
+std::tuple<Tensor, Tensor> row_forward(Tensor z, OptionalTensor bias, OptionalTensor norm_weight,
+                                       OptionalTensor norm_bias, OptionalTensor residual,
+                                       OptionalTensor seed, int64_t norm, double eps,
+                                       int64_t activation, double alpha, double beta,
+                                       int64_t threshold) {
   RowForward problem;
   fill_problem(problem, z, bias, norm_weight, norm_bias, seed,
                {norm, eps, activation, alpha, beta, threshold});
@@ -269,8 +228,7 @@ std::tuple<Tensor, Tensor, Tensor> row_forward(Tensor z, OptionalTensor bias,
   int32_t dtype;
   aoti_torch_get_dtype(z.get(), &dtype);
   Tensor y = new_tensor({rows, cols}, dtype);
-  Tensor mean = new_tensor({problem.norm == Norm::layer ? rows : 0}, compute_dtype(storage));
-  Tensor rstd = new_tensor({problem.norm != Norm::none ? rows : 0}, compute_dtype(storage));
+  Tensor statistics = new_tensor({statistics_of(problem.norm), rows}, compute_dtype(storage));
   if (rows && cols) {
     if (residual) {
       problem.residual = residual->data_ptr();
@@ -278,12 +236,11 @@ std::tuple<Tensor, Tensor, Tensor> row_forward(Tensor z, OptionalTensor bias,
     }
     problem.y = y.data_ptr();
     problem.y_stride = cols;
-    problem.mean = mean.data_ptr();
-    problem.rstd = rstd.data_ptr();
+    place_statistics(problem, statistics.data_ptr(), rows, storage);
     problem.streaming = worth_streaming(y);
     run_forward(problem, rows, storage, activation);
   }
-  return {y, mean, rstd};
+  return {y, statistics};
 }
 
 // Writes y over z, for inference: no output to allocate, no fresh pages to touch.
@@ -303,13 +260,14 @@ void row_forward_inplace(Tensor z, OptionalTensor bias, OptionalTensor norm_weig
   }
   problem.y = z.data_ptr();
   problem.y_stride = problem.z_stride;
-  double* statistics = static_cast<double*>(thread_buffer(4, 2 * sizeof(double) * rows));
-  problem.mean = statistics;
-  problem.rstd = statistics + rows;
+  place_statistics(problem, thread_buffer(4, 2 * sizeof(double) * rows), rows, storage);
   run_forward(problem, rows, storage, activation);
 }
 
 // ---- backward ----
+
+// Which column sums are made (fused/ops.py).
+constexpr int64_t kWantNormWeight = 1, kWantNormBias = 2, kWantBias = 4;
 
 // Column sums are taken over chunks of rows, then over the chunks in order. The chunks depend on
 // the number of rows alone, so the bits do not change with the number of threads.
@@ -343,7 +301,7 @@ struct PartialSum {
 };
 
 Tensor finish_sum(const PartialSum& sum, int64_t chunks, int64_t cols, Storage compute,
-                  const OptionalTensor& parameter) {
+                  const OptionalTensor& like) {
   if (!sum.wanted) return sum.partial;
   if (chunks > 1 && compute == Storage::f64) {
     double* data = static_cast<double*>(sum.partial.data_ptr());
@@ -353,7 +311,7 @@ Tensor finish_sum(const PartialSum& sum, int64_t chunks, int64_t cols, Storage c
     add_chunks(data, chunks, cols, data);
   }
   int32_t dtype;
-  aoti_torch_get_dtype(parameter->get(), &dtype);
+  aoti_torch_get_dtype(like->get(), &dtype);
   const bool same_dtype = dtype == compute_dtype(compute);
   if (same_dtype && chunks == 1) return sum.partial;
   Tensor out = new_tensor({cols}, dtype);
@@ -369,8 +327,8 @@ Tensor finish_sum(const PartialSum& sum, int64_t chunks, int64_t cols, Storage c
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
     Tensor dy, Tensor z, OptionalTensor bias, OptionalTensor norm_weight, OptionalTensor norm_bias,
-    Tensor mean, Tensor rstd, OptionalTensor seed, int64_t norm, double eps, int64_t activation,
-    double alpha, double beta, int64_t threshold) {
+    Tensor statistics, OptionalTensor seed, int64_t wanted, int64_t norm, double eps,
+    int64_t activation, double alpha, double beta, int64_t threshold) {
   RowBackward problem;
   fill_problem(problem, z, bias, norm_weight, norm_bias, seed,
                {norm, eps, activation, alpha, beta, threshold});
@@ -381,17 +339,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
   aoti_torch_get_dtype(z.get(), &dtype);
   problem.dy = dy.data_ptr();
   problem.dy_stride = checked_row_stride(dy, z, "dy");
-  problem.mean = mean.data_ptr();
-  problem.rstd = rstd.data_ptr();
+  STD_TORCH_CHECK(statistics.numel() == statistics_of(problem.norm) * rows &&
+                      (storage_of(statistics) == compute) && statistics.is_contiguous(),
+                  "fused: statistics must be those of the forward pass");
+  place_statistics(problem, statistics.data_ptr(), rows, storage);
 
   const int64_t per_chunk = std::max(kRowsPerChunk, (rows + kMaxChunks - 1) / kMaxChunks);
   const int64_t chunks = std::max<int64_t>(1, (rows + per_chunk - 1) / per_chunk);
   Tensor dz = new_tensor({rows, cols}, dtype);
   const bool normed = problem.norm != Norm::none;
   const int32_t sum_dtype = compute_dtype(compute);
-  const PartialSum dweight(norm_weight.has_value() && normed, chunks, cols, sum_dtype);
-  const PartialSum dnorm_bias(norm_bias.has_value() && normed, chunks, cols, sum_dtype);
-  const PartialSum dbias(bias.has_value(), chunks, cols, sum_dtype);
+  const PartialSum dweight(norm_weight && normed && wanted & kWantNormWeight, chunks, cols,
+                           sum_dtype);
+  const PartialSum dnorm_bias(norm_bias && normed && wanted & kWantNormBias, chunks, cols,
+                              sum_dtype);
+  const PartialSum dbias(wanted & kWantBias, chunks, cols, sum_dtype);
   if (rows && cols) {
     problem.dz = dz.data_ptr();
     problem.streaming = worth_streaming(dz);
@@ -409,7 +371,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
   }
   return {dz, finish_sum(dweight, chunks, cols, compute, norm_weight),
           finish_sum(dnorm_bias, chunks, cols, compute, norm_bias),
-          finish_sum(dbias, chunks, cols, compute, bias)};
+          finish_sum(dbias, chunks, cols, compute, z)};
 }
 
 }  // namespace

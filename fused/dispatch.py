@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops, reference
-from .autograd import Codes, LinearRowFunction, RowFunction, contiguous_rows, epilogue_of
+from .autograd import Codes, RowFunction, contiguous_rows, epilogue_of
 from .backend import choose
 from .random import draw_seed
 from .spec import make_epilogue
@@ -80,8 +80,8 @@ def run_row(
     if seed is None and codes[5]:
         seed = draw_seed(z.device)
     if _composite(z):
-        return reference.row(z, epilogue_of(codes), bias, norm_weight, norm_bias, residual, seed)
-    return apply_row(z, bias, norm_weight, norm_bias, residual, seed, codes)
+        return reference.row(z, epilogue_of(codes), None, norm_weight, norm_bias, residual, seed)
+    return apply_row(z, None, norm_weight, norm_bias, residual, seed, codes)
 
 
 def apply_row(
@@ -93,13 +93,18 @@ def apply_row(
     seed: Tensor | None,
     codes: Codes,
 ) -> Tensor:
-    """`run_row` by the operator, where that is known to serve; needs the seed."""
+    """`run_row` by the operator, where that is known to serve; needs the seed.
+
+    z contains the linear bias already; `bias` is passed where its gradient is to be made here.
+    """
     z = contiguous_rows(z)
     if residual is not None:
         residual = contiguous_rows(residual)
+        if residual is z:  # the compiler takes no tensor twice
+            residual = residual.view_as(residual)
     if _needs_gradient(z, norm_weight, norm_bias, bias, residual):
         return RowFunction.apply(z, bias, norm_weight, norm_bias, residual, seed, codes)
-    return ops.row_forward(z, bias, norm_weight, norm_bias, residual, seed, *codes)[0]
+    return ops.row_forward(z, None, norm_weight, norm_bias, residual, seed, *codes)[0]
 
 
 def run_linear_row(
@@ -132,16 +137,21 @@ def apply_linear_row(
     codes: Codes,
 ) -> Tensor:
     """`run_linear_row` by the operator, where that is known to serve; needs the seed."""
+    if _needs_gradient(weight, x, bias, norm_weight, norm_bias, residual):
+        if bias is not None and bias.requires_grad:
+            # The gradient of the bias comes with those of the norm, without another pass over dz.
+            z = F.linear(x, weight, bias.detach())
+        else:
+            z, bias = F.linear(x, weight, bias), None
+        if residual is not None:
+            residual = contiguous_rows(residual)
+        return RowFunction.apply(z, bias, norm_weight, norm_bias, residual, seed, codes)
+    z = F.linear(x, weight, bias)
     if residual is not None:
         residual = contiguous_rows(residual)
-    if _needs_gradient(weight, x, bias, norm_weight, norm_bias, residual):
-        return LinearRowFunction.apply(
-            x, weight, bias, norm_weight, norm_bias, residual, seed, codes
-        )
-    z = torch.mm(x, weight.t())
-    if not z.is_cpu or torch.compiler.is_compiling():
-        return ops.row_forward(z, bias, norm_weight, norm_bias, residual, seed, *codes)[0]
-    ops.row_forward_(z, bias, norm_weight, norm_bias, residual, seed, *codes)
+    if torch.compiler.is_compiling():
+        return ops.row_forward(z, None, norm_weight, norm_bias, residual, seed, *codes)[0]
+    ops.row_forward_(z, None, norm_weight, norm_bias, residual, seed, *codes)
     return z
 
 

@@ -71,11 +71,14 @@ def make_inputs(
 def run_operator(inputs: Inputs, epilogue: Epilogue) -> dict[str, Tensor]:
     """Forward and backward by the raw operators of the inputs' device."""
     seed = inputs.seed if epilogue.threshold else None
-    y, mean, rstd = ops.row_forward(
+    y, statistics = ops.row_forward(
         inputs.z, *inputs.parameters, inputs.residual, seed, *epilogue.codes
     )
+    wanted = (
+        ops.WANT_NORM_WEIGHT | ops.WANT_NORM_BIAS | (0 if inputs.bias is None else ops.WANT_BIAS)
+    )
     dz, dnorm_weight, dnorm_bias, dbias = ops.row_backward(
-        inputs.dy, inputs.z, *inputs.parameters, mean, rstd, seed, *epilogue.codes
+        inputs.dy, inputs.z, *inputs.parameters, statistics, seed, wanted, *epilogue.codes
     )
     found = {"y": y, "dz": dz}
     for name, parameter, gradient in (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from cases import EVERY_ACTIVATION, make_epilogue, make_inputs
@@ -56,11 +58,12 @@ def test_opcheck(norm: str | None) -> None:
             forward = (inputs.z, *inputs.parameters, inputs.residual, seed, *codes)
             torch.library.opcheck(ops.row_forward, forward)
             torch.library.opcheck(ops.row_forward_, forward)
-            _, mean, rstd = ops.row_forward(*forward)
-            torch.library.opcheck(
-                ops.row_backward,
-                (inputs.dy, inputs.z, *inputs.parameters, mean, rstd, seed, *codes),
-            )
+            _, statistics = ops.row_forward(*forward)
+            for wanted in (0, 3, 4, 7):
+                torch.library.opcheck(
+                    ops.row_backward,
+                    (inputs.dy, inputs.z, *inputs.parameters, statistics, seed, wanted, *codes),
+                )
 
 
 def make_net(p: float = 0.0) -> fused.Sequential:
@@ -137,6 +140,20 @@ def test_activation_checkpointing(reentrant: bool) -> None:
         assert torch.equal(plain, again)
 
 
+def kept_storages(run: Callable[[], object]) -> dict[int, int]:
+    """Bytes of every storage that a forward pass saves for backward, by address."""
+    storages: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        alive = run()  # until all are counted, so no address comes twice
+    del alive
+    return storages
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm, statistics", [("layer", 2), ("rms", 1), (None, 0)])
 def test_bytes_kept_for_backward(norm: str | None, statistics: int, dtype: torch.dtype) -> None:
@@ -145,18 +162,48 @@ def test_bytes_kept_for_backward(norm: str | None, statistics: int, dtype: torch
     block = fused.LinearNormAct(
         inputs, features, norm=norm, activation="gelu", dropout=0.1, dtype=dtype
     )
-    x = torch.randn(rows, inputs, dtype=dtype)
-    storages: dict[int, int] = {}
+    x = torch.randn(rows, inputs, dtype=dtype, requires_grad=True)
+    kept = kept_storages(lambda: block(x))
+    for t in (x, *block.parameters()):
+        kept.pop(t.untyped_storage().data_ptr(), None)
+    assert sum(kept.values()) == rows * features * dtype.itemsize + statistics * rows * 4 + 8
 
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        block(x)
-    kept = sum(storages.values())
-    kept -= x.nbytes + sum(t.nbytes for t in block.parameters())
-    assert kept == rows * features * dtype.itemsize + statistics * rows * 4 + 8
+@pytest.mark.parametrize("frozen", ["input", "weight", "both"])
+def test_a_frozen_linear_keeps_what_eager_keeps(frozen: str) -> None:
+    block = fused.LinearNormAct(32, 48, norm="layer", activation="gelu")
+    plain = nn.Linear(32, 48)
+    x = torch.randn(64, 32, requires_grad=frozen == "weight")
+    for linear in (block.linear, plain):
+        linear.weight.requires_grad_(frozen == "input")
+    ours, theirs = kept_storages(lambda: block(x)), kept_storages(lambda: plain(x))
+    assert (x.data_ptr() in ours) == (x.data_ptr() in theirs)
+    assert (block.linear.weight.data_ptr() in ours) == (plain.weight.data_ptr() in theirs)
+    assert block.linear.bias.data_ptr() not in ours
+
+
+def test_the_linear_bias_may_change_before_backward() -> None:
+    """Its value is not needed for any gradient, in eager as here."""
+    block = fused.LinearNormAct(8, 16, norm="layer", activation="tanh")
+    x = torch.randn(4, 8)
+    block(x).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in block.named_parameters()}
+    block.zero_grad()
+    loss = block(x).square().sum()
+    with torch.no_grad():
+        block.linear.bias.mul_(5)
+    loss.backward()
+    for name, p in block.named_parameters():
+        assert torch.equal(p.grad, expected[name]), name
+
+
+def test_only_the_residual_needs_a_gradient() -> None:
+    block = fused.LinearNormAct(8, 16, norm="layer", activation="tanh").requires_grad_(False)
+    residual = torch.randn(4, 16, requires_grad=True)
+    for create_graph in (False, True):
+        y = block(torch.randn(4, 8), residual)
+        (found,) = torch.autograd.grad(y.sum(), residual, create_graph=create_graph)
+        assert torch.equal(found, torch.ones(4, 16))
 
 
 def test_gradients_only_where_wanted() -> None:

@@ -1,0 +1,22 @@
+// Memory of the CPU operators: output tensors, scratch, and the size of the last-level cache.
+#pragma once
+
+#include <cstddef>
+#include <initializer_list>
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace fused {
+
+// A contiguous, uninitialised CPU tensor of one or two dimensions. Large ones come from a cache of
+// blocks that were used before (memory.cpp).
+torch::stable::Tensor new_tensor(std::initializer_list<int64_t> sizes, int32_t dtype);
+
+// A buffer of the calling thread that survives the call; slot tells independent uses apart.
+constexpr int kBufferSlots = 5;
+void* thread_buffer(int slot, size_t bytes);
+
+// Bytes of the largest cache that this process's first CPU sees.
+size_t last_level_cache();
+
+}  // namespace fused
