@@ -1,7 +1,12 @@
 """Triton kernels of the fused chain; installed as `fused.kernels`.
 
-One direction only: row.py → activation.py, norm.py, dropout.py, tuning.py → ..spec. Nothing here
-checks what a user passed (functional.py does) and nothing here knows autograd (autograd.py does).
+One direction only:
+
+    row.py, row_backward.py → row_sums.py, column_sum.py → activation.py, norm.py, dropout.py
+    → elementary.py, tile.py, tuning.py → ..spec
+
+Nothing here checks what a user passed (functional.py does) and nothing here knows autograd
+(autograd.py does).
 """
 
 # setuptools maps this folder to `fused.kernels` (package_dir): a top-level `kernels` in

@@ -5,71 +5,19 @@ it (`h <= 0 ? 0 : dy`) where a product with a zero derivative would turn inf int
 breakpoints are those of torch 2.13. NaN propagates; where torch itself gives NaN at ±inf (a product
 ∞ · 0, as in gelu(-inf)) the same product stands here.
 
-A kernel imports `activate` and `activate_grad`, which choose by the name at compile time. With
-PTX (NVIDIA only) exponential and reciprocal are the bare hardware instructions without the denormal
-fix-ups around them: relative errors 2^-22 and 2^-23 (PTX ISA, ex2.approx.ftz and rcp.approx.ftz);
-what they flush to zero lies below 1e-38. GELU adds 22 instructions an element without, 15 with
-(static: sm_90, triton 3.7.1, forward of 4096 columns against no activation).
-
-The polynomials are own minimax fits (Lawson's algorithm on Chebyshev nodes, float64); each states
-its error. tests/triton/interpreted/test_activation_kernels.py measures them against float64.
+A kernel imports `activate` and `activate_grad`, which choose by the name at compile time. PTX says
+that the bare instructions of elementary.py may be used; it describes the polynomials as well.
 """
 
 import triton
 import triton.language as tl
 
+from .elementary import LOG2_E, clamp, exp2, expm1, log1p_of_exp, normal_tail, reciprocal
+
 # float32 constants; tl.constexpr so that jitted functions may read them.
-LOG2_E = tl.constexpr(1.4426950408889634)
 INV_SQRT_TAU = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 SELU_SCALE = tl.constexpr(1.0507009873554804934193349852946)
 SELU_ALPHA = tl.constexpr(1.6732632423543772848170429916717)
-
-
-@triton.jit
-def exp2(x, PTX: tl.constexpr):
-    """2^x."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.math.exp2(x)
-
-
-@triton.jit
-def reciprocal(x, PTX: tl.constexpr):
-    """1 / x."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return 1.0 / x
-
-
-@triton.jit
-def _clamp(x, low: tl.constexpr, high: tl.constexpr):
-    """Clamp that keeps NaN, as torch's does."""
-    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _expm1(x, PTX: tl.constexpr):
-    """exp(x) - 1 for x ≤ 0, exact in relative terms near 0 (fit on [-0.5, 0]: 1.6e-9 relative)."""
-    p = ((0.0011259224 * x + 0.0081932951) * x + 0.0416320483) * x
-    p = (p + 0.1666628876) * x + 0.4999998647
-    return tl.where(x > -0.5, x + x * x * p, exp2(x * LOG2_E, PTX) - 1.0)
-
-
-@triton.jit
-def _log1p_of_exp(x, PTX: tl.constexpr):
-    """log(1 + exp(x)) for x ≤ 0, as 2 atanh(s) with s = e/(2 + e) (fit: 4.6e-9 relative)."""
-    e = exp2(x * LOG2_E, PTX)
-    s = e * reciprocal(2.0 + e, PTX)  # [0, 1/3]
-    q = s * s
-    p = ((0.1401222975 * q + 0.1399957046) * q + 0.2001084954) * q + 0.3333320657
-    return 2.0 * (s + s * q * p)
 
 
 @triton.jit
@@ -84,7 +32,7 @@ def relu_grad(dy, h):
 
 @triton.jit
 def relu6(h):
-    return _clamp(h, 0.0, 6.0)
+    return clamp(h, 0.0, 6.0)
 
 
 @triton.jit
@@ -104,7 +52,7 @@ def leaky_relu_grad(dy, h, negative_slope):
 
 @triton.jit
 def elu(h, alpha, PTX: tl.constexpr):
-    return tl.where(h <= 0.0, alpha * _expm1(h, PTX), h)
+    return tl.where(h <= 0.0, alpha * expm1(h, PTX), h)
 
 
 @triton.jit
@@ -123,29 +71,14 @@ def selu_grad(dy, h, PTX: tl.constexpr):
 
 
 @triton.jit
-def _normal_tail(h, PTX: tl.constexpr):
-    """(q, e): q = 1 - Φ(|h|), the upper tail of the normal distribution, and e = exp(-h²/2).
-
-    q = t P(t) e with t = 1/(1 + 0.28 |h|), the form of Abramowitz and Stegun 7.1.26 with one
-    term more. Error of the fit: 1.9e-8 absolute; relative 1.3e-5 for |h| < 4, 3.6e-3 at 13.
-    Eager's Φ = gelu(h)/h in float32 (torch 2.13, CPU), |h| < 4: 2.5e-7 absolute, 9e-4 relative.
-    """
-    t = reciprocal(1.0 + 0.28 * tl.abs(h), PTX)
-    e = exp2(h * h * (-0.5 * LOG2_E), PTX)
-    p = ((-0.1071170979 * t + 0.3952859142) * t - 0.2458874307) * t
-    p = ((p + 0.2761697636) * t + 0.0645545112) * t + 0.1169943204
-    return p * t * e, e
-
-
-@triton.jit
 def gelu(h, PTX: tl.constexpr):
-    q, _ = _normal_tail(h, PTX)
+    q, _ = normal_tail(h, PTX)
     return h * tl.where(h >= 0.0, 1.0 - q, q)
 
 
 @triton.jit
 def gelu_grad(dy, h, PTX: tl.constexpr):
-    q, e = _normal_tail(h, PTX)
+    q, e = normal_tail(h, PTX)
     return dy * (tl.where(h >= 0.0, 1.0 - q, q) + h * (INV_SQRT_TAU * e))
 
 
@@ -239,7 +172,7 @@ def hardswish_grad(dy, h):
 
 @triton.jit
 def hardsigmoid(h):
-    return _clamp(h + 3.0, 0.0, 6.0) * (1.0 / 6.0)
+    return clamp(h + 3.0, 0.0, 6.0) * (1.0 / 6.0)
 
 
 @triton.jit
@@ -251,7 +184,7 @@ def hardsigmoid_grad(dy, h):
 def softplus(h, beta, threshold, PTX: tl.constexpr):
     """log(1 + exp(beta h))/beta, and h itself where beta h > threshold."""
     u = h * beta
-    value = (tl.maximum(u, 0.0) + _log1p_of_exp(-tl.abs(u), PTX)) * (1.0 / beta)
+    value = (tl.maximum(u, 0.0) + log1p_of_exp(-tl.abs(u), PTX)) * (1.0 / beta)
     return tl.where(u > threshold, h, value)
 
 

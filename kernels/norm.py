@@ -15,6 +15,9 @@ Formula of the gradient: Ba, Kiros, Hinton, "Layer normalization", 2016, differe
 import triton
 import triton.language as tl
 
+# How many statistics of a row are kept for the backward.
+STATISTICS = {None: 0, "layer": 2, "rms": 1}
+
 
 @triton.jit
 def centre(x, mean, column_mask, NORM: tl.constexpr, EVEN_N: tl.constexpr):
@@ -59,6 +62,37 @@ def merge_statistics(x, first, column_mask, seen, new, mean, m2, NORM: tl.conste
     else:
         m2 += tl.sum(x * x, 1)
     return mean, m2
+
+
+@triton.jit
+def store_statistics(ptr, row, rows, mean, rstd, NORM: tl.constexpr):
+    """Writes statistics of rows: ptr is [2, rows] (mean, rstd) for layer, [1, rows] for rms."""
+    mask = row < rows
+    if NORM == "layer":
+        tl.store(ptr + row, mean, mask=mask)
+        ptr += rows
+    tl.store(ptr + row, rstd, mask=mask)
+
+
+@triton.jit
+def load_statistics(ptr, row, rows, NORM: tl.constexpr):
+    """(mean, rstd) as `store_statistics` wrote them: [M], [M]. The mean of rms norm is 0."""
+    mask = row < rows
+    mean = tl.zeros((row.shape[0],), tl.float32)
+    if NORM == "layer":
+        mean = tl.load(ptr + row, mask=mask, other=0.0)
+        ptr += rows
+    return mean, tl.load(ptr + row, mask=mask, other=0.0)
+
+
+@triton.jit
+def affine(xhat, norm_weight, norm_bias):
+    """xhat · norm_weight + norm_bias; either may be absent."""
+    if norm_weight is not None:
+        xhat = xhat * norm_weight
+    if norm_bias is not None:
+        xhat = xhat + norm_bias
+    return xhat
 
 
 @triton.jit

@@ -5,6 +5,10 @@
 `_row_fwd_kernel` holds whole rows in one tile (several short rows at a time); without a norm a tile
 is any part of a row. `_row_fwd_loop_kernel` walks wider rows twice and finds the second reading in
 L2. Everything is float32 between one load and one rounding at the store.
+
+y may be z itself. No program reads what another writes. A tile is read before it is written, and
+so is each block of columns in the looped kernel's second walk; the first walk, and the first
+element of a row, are behind sums along the row that all threads of the row take part in.
 """
 
 from __future__ import annotations
@@ -18,55 +22,18 @@ from ..spec import ACTIVATION_NAMES, NORM_NAMES
 from . import tuning
 from .activation import activate
 from .dropout import dropout_multiplier
-from .norm import centre, merge_statistics, row_statistics
+from .norm import (
+    STATISTICS,
+    affine,
+    centre,
+    merge_statistics,
+    row_statistics,
+    store_statistics,
+)
+from .tile import load_columns, load_first, load_tile, row_offset
 
 # Runtime integers whose value must not compile a new kernel: alignment is passed as ALIGN instead.
-FORWARD_INTEGERS = ("rows", "cols", "stride_zm", "stride_rm", "threshold")
-
-
-@triton.jit
-def row_offset(row, stride, ALIGN: tl.constexpr):
-    """64-bit offsets of the rows, [BLOCK_M, 1], with the divisibility that the host has checked."""
-    return tl.multiple_of(row * stride, ALIGN)[:, None]
-
-
-@triton.jit
-def load_columns(ptr, column, column_mask):
-    """A (cols,) parameter as float32 [1, BLOCK_N].
-
-    Two-dimensional on purpose: in a one-row tile the load then takes the layout of z's tile, also
-    when the parameter is float32 and z is bf16, and nothing has to be rearranged. Callers test for
-    absent parameters: a jitted function that returns None does not compile in triton 3.6.
-    """
-    return tl.load(ptr + column[None, :], mask=column_mask[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_tile(ptr, offset, mask, bias):
-    """A float32 tile of z, plus the linear bias where there is one."""
-    x = tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    if bias is not None:
-        x += bias
-    return x
-
-
-@triton.jit
-def load_first(ptr, row, stride, row_mask, bias_ptr):
-    """The first element of each row of z, plus the linear bias where there is one: [BLOCK_M]."""
-    first = tl.load(ptr + row * stride, mask=row_mask, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        first += tl.load(bias_ptr).to(tl.float32)
-    return first
-
-
-@triton.jit
-def affine(xhat, norm_weight, norm_bias):
-    """xhat · norm_weight + norm_bias; either may be absent."""
-    if norm_weight is not None:
-        xhat = xhat * norm_weight
-    if norm_bias is not None:
-        xhat = xhat + norm_bias
-    return xhat
+FORWARD_INTEGERS = ("rows", "cols", "stride_zm", "stride_rm", "stride_ym", "threshold")
 
 
 @triton.jit(do_not_specialize=FORWARD_INTEGERS)
@@ -77,13 +44,13 @@ def _row_fwd_kernel(
     norm_bias_ptr,
     residual_ptr,
     y_ptr,
-    mean_ptr,
-    rstd_ptr,
+    statistics_ptr,
     seed_ptr,
     rows,
     cols,
     stride_zm,
     stride_rm,
+    stride_ym,
     eps,
     alpha,
     beta,
@@ -117,9 +84,7 @@ def _row_fwd_kernel(
             first = load_first(z_ptr, row, stride_zm, row_mask, bias_ptr)
         eps = tl.cast(eps, tl.float32)
         h, mean, rstd = row_statistics(h, first, column_mask, cols, eps, NORM, EVEN_N)
-        if NORM == "layer":
-            tl.store(mean_ptr + row, mean, mask=row_mask)
-        tl.store(rstd_ptr + row, rstd, mask=row_mask)
+        store_statistics(statistics_ptr, row, rows, mean, rstd, NORM)
         norm_weight = (
             load_columns(norm_weight_ptr, column, column_mask)
             if norm_weight_ptr is not None
@@ -136,7 +101,7 @@ def _row_fwd_kernel(
     if residual_ptr is not None:
         offset = row_offset(row, stride_rm, ALIGN) + column[None, :]
         y += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row_offset(row, cols, ALIGN) + column[None, :], y, mask=mask)
+    tl.store(y_ptr + row_offset(row, stride_ym, ALIGN) + column[None, :], y, mask=mask)
 
 
 @triton.jit(do_not_specialize=FORWARD_INTEGERS)
@@ -147,13 +112,13 @@ def _row_fwd_loop_kernel(
     norm_bias_ptr,
     residual_ptr,
     y_ptr,
-    mean_ptr,
-    rstd_ptr,
+    statistics_ptr,
     seed_ptr,
     rows,
     cols,
     stride_zm,
     stride_rm,
+    stride_ym,
     eps,
     alpha,
     beta,
@@ -185,9 +150,7 @@ def _row_fwd_loop_kernel(
         new = tl.cast(tl.minimum(cols - col0, BLOCK_N), tl.float32)
         mean, m2 = merge_statistics(x, first, column_mask, seen, new, mean, m2, NORM)
     rstd = tl.rsqrt(m2 / cols + tl.cast(eps, tl.float32))
-    if NORM == "layer":
-        tl.store(mean_ptr + row, first + mean)
-    tl.store(rstd_ptr + row, rstd)
+    store_statistics(statistics_ptr, row, rows, first + mean, rstd, NORM)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
@@ -214,7 +177,7 @@ def _row_fwd_loop_kernel(
         if residual_ptr is not None:
             offset = row_offset(row, stride_rm, ALIGN) + column[None, :]
             y += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + row_offset(row, cols, ALIGN) + column[None, :], y, mask=mask)
+        tl.store(y_ptr + row_offset(row, stride_ym, ALIGN) + column[None, :], y, mask=mask)
 
 
 def row_forward(
@@ -230,7 +193,9 @@ def row_forward(
     alpha: float,
     beta: float,
     threshold: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """y = residual + dropout(activation(norm(z + bias))).
 
     Args:
@@ -238,18 +203,18 @@ def row_forward(
         bias, norm_weight, norm_bias: (cols,), contiguous, any floating dtype, or None.
         seed: int64 (1,); may be None where threshold is 0.
         norm, eps, activation, alpha, beta, threshold: as `spec.Epilogue.codes`.
+        out: where y goes, laid out as z may be; it may be z itself. None: a new tensor.
 
     Returns:
-        y (rows, cols) in z's dtype; mean and rstd of z + bias, float32 (rows,), each empty (0,)
-        where the norm has none.
+        y (rows, cols) in z's dtype; statistics of z + bias, float32: (2, rows) mean and rstd for
+        layer norm, (1, rows) rstd for rms norm, (0, rows) without a norm.
     """
     rows, cols = z.shape
     name = NORM_NAMES[norm]
-    y = z.new_empty((rows, cols))
-    mean = z.new_empty((rows if name == "layer" else 0,), dtype=torch.float32)
-    rstd = z.new_empty((rows if name else 0,), dtype=torch.float32)
+    y = z.new_empty((rows, cols)) if out is None else out
+    statistics = z.new_empty((STATISTICS[name], rows), dtype=torch.float32)
     if rows == 0 or cols == 0:
-        return y, mean, rstd
+        return y, statistics
     device = tuning.device(z)
     tile = tuning.forward_tile(cols, name, device)
     kernel = _row_fwd_kernel
@@ -259,7 +224,7 @@ def row_forward(
     if name is None:
         norm_weight = norm_bias = None
     stride_rm = cols if residual is None else residual.stride(0)
-    align = tuning.alignment(cols, z.element_size(), z.stride(0), stride_rm)
+    strides = (z.stride(0), stride_rm, y.stride(0))
     with torch.cuda.device_of(z):
         kernel[(blocks,)](
             z,
@@ -268,20 +233,18 @@ def row_forward(
             norm_bias,
             residual,
             y,
-            mean if name == "layer" else None,
-            rstd if name else None,
+            statistics if name else None,
             seed if threshold else None,
             rows,
             cols,
-            z.stride(0),
-            stride_rm,
+            *strides,
             eps,
             alpha,
             beta,
             threshold,
             NORM=name,
             ACTIVATION=ACTIVATION_NAMES[activation],
-            ALIGN=align,
+            ALIGN=tuning.alignment(cols, z.element_size(), *strides),
             EVEN_N=cols == tile.block_n,
             PTX=device.arch > 0,
             PER_THREAD=min(8, 16 // z.element_size()),
@@ -289,4 +252,4 @@ def row_forward(
             BLOCK_N=tile.block_n,
             num_warps=tile.num_warps,
         )
-    return y, mean, rstd
+    return y, statistics

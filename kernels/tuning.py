@@ -94,7 +94,7 @@ def forward_tile(cols: int, norm: str | None, device: Device) -> Tile:
         block_n = _power_of_two(cols, FORWARD_TILE_COLS)
     block_m = max(1, 2048 // block_n)
     # 16 elements a thread are two 16-byte loads in flight of bf16;
-    # static, with a linear bias: 1024 columns 47 registers, 4096 48, 8192 58, 16384 64.
+    # static, with a linear bias: 1024 columns 47 registers, 4096 48, 8192 63, 16384 60.
     warps = _warps(block_m * block_n, 16, device.warp_size, 1024 // device.warp_size)
     return Tile(block_m, block_n, warps)
 
@@ -105,14 +105,16 @@ def forward_loop_tile(device: Device) -> Tile:
 
 
 @lru_cache(maxsize=4096)
-def backward_tile(cols: int, norm: str | None, sums: int, device: Device) -> Tile:
+def backward_tile(cols: int, norm: str | None, sums: int, itemsize: int, device: Device) -> Tile:
     """Tile of the persistent backward kernel; `block_n < cols` says that it works by column blocks.
 
-    static, three sums, 8 elements a thread: 1024 and 4096 columns 103 registers.
+    static, three sums, 8 elements a thread: 1024 and 4096 columns 104 registers.
     """
     limit = BACKWARD_TILE_COLS[sums]
-    if sums == 2 and device.arch >= 100:
-        limit = 4096  # static: sm_100 and sm_120 spill 12 to 22 words where sm_90 spills none
+    # static: at 8192 columns sm_100 and sm_120 spill where sm_90 does not: 12 to 22 words with two
+    # sums, and in float32 22 to 48 with one.
+    if device.arch >= 100 and sums > (1 if itemsize == 2 else 0):
+        limit = 4096
     whole = norm is not None and cols <= limit
     block_n = _power_of_two(cols, limit if whole else SHARED_COLS)
     block_m = max(1, 1024 // block_n)

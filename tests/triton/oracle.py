@@ -6,26 +6,33 @@ oracle: fused/reference.py in float64. eager: the same in the dtype of z. The ma
 all three. Where the oracle is NaN or ±inf the result must be so too, except where eager in the same
 dtype is not finite either: it ran out of range. Elements where eager alone is not finite are not
 judged; an output that would compare nothing at all is a failure, not a pass.
+
+The kernels are called as the dispatcher calls them for CUDA tensors: the functions that ops.py
+registers, with the operator's own list of arguments.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from fused.kernels.row import row_forward
-from fused.kernels.row_backward import row_backward
 from torch import Tensor
 
-from fused import reference
+from fused import ops, reference
+from fused.ops import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
 from fused.spec import ACTIVATIONS, Epilogue, dropout_threshold
 
-OUTPUTS = ("y", "dz", "dnorm_weight", "dnorm_bias", "dbias")
+GRADIENTS = ("dz", "dnorm_weight", "dnorm_bias", "dbias")
+ALL = WANT_NORM_WEIGHT | WANT_NORM_BIAS | WANT_BIAS
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call, forward and backward. `gap` widens row strides, `offset` storage offsets."""
+    """One call, forward and backward. `gap` widens row strides, `offset` storage offsets.
+
+    Without `bias`, dbias may be wanted all the same: the gradient of a bias that z contains.
+    """
 
     rows: int
     cols: int
@@ -39,6 +46,7 @@ class Case:
     parameter_dtype: torch.dtype | None = None
     gap: int = 0
     offset: int = 0
+    wanted: int = ALL
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -92,25 +100,44 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     )
 
 
-def run(case: Case, x: Inputs) -> dict[str, Tensor]:
-    """What the kernels give, by name; absent gradients are left out."""
-    norm, eps, activation, alpha, beta, threshold = case.epilogue.codes
-    seed = x.seed if threshold else None
+def forward_arguments(case: Case, x: Inputs) -> tuple[Any, ...]:
+    """The arguments of row_forward and row_forward_, in the order of the schema."""
+    seed = x.seed if case.epilogue.threshold else None
+    return (x.z, x.bias, x.norm_weight, x.norm_bias, x.residual, seed, *case.epilogue.codes)
+
+
+def backward_arguments(case: Case, x: Inputs, statistics: Tensor) -> tuple[Any, ...]:
+    """The arguments of row_backward, in the order of the schema."""
+    seed = x.seed if case.epilogue.threshold else None
     parameters = (x.bias, x.norm_weight, x.norm_bias)
-    y, mean, rstd = row_forward(
-        x.z, *parameters, x.residual, seed, norm, eps, activation, alpha, beta, threshold
-    )
-    gradients = row_backward(
-        x.dy, x.z, *parameters, mean, rstd, seed, norm, activation, alpha, beta, threshold
-    )
+    return (x.dy, x.z, *parameters, statistics, seed, case.wanted, *case.epilogue.codes)
+
+
+def wanted_names(case: Case, x: Inputs) -> list[str]:
+    """The gradients that a case asks for; there is always dz."""
+    present = (True, x.norm_weight is not None, x.norm_bias is not None, True)
+    bits = (WANT_NORM_WEIGHT, WANT_NORM_BIAS, WANT_BIAS)
+    asked = (True, *(case.wanted & bit for bit in bits))
+    return [n for n, p, a in zip(GRADIENTS, present, asked, strict=True) if p and a]
+
+
+def run(case: Case, x: Inputs) -> dict[str, Tensor]:
+    """What the kernels give, by name; gradients that are not wanted are left out."""
+    y, statistics = ops._triton_row_forward(*forward_arguments(case, x))
+    gradients = ops._triton_row_backward(*backward_arguments(case, x, statistics))
     assert y.dtype == x.z.dtype
-    present = (True, x.norm_weight is not None, x.norm_bias is not None, x.bias is not None)
-    owners = (x.z, x.norm_weight, x.norm_bias, x.bias)
-    for gradient, parameter in zip(gradients, owners, strict=True):
-        assert gradient.shape == ((0,) if parameter is None else parameter.shape)
-        assert parameter is None or gradient.dtype == parameter.dtype
-    found = {n: g for n, g, here in zip(OUTPUTS[1:], gradients, present, strict=True) if here}
-    return {"y": y} | found
+    wanted = wanted_names(case, x)
+    owners = (x.z, x.norm_weight, x.norm_bias, x.z)
+    found = {"y": y}
+    for name, gradient, owner in zip(GRADIENTS, gradients, owners, strict=True):
+        if name in wanted:
+            assert owner is not None
+            assert gradient.shape == (x.z.shape if name == "dz" else x.z.shape[1:])
+            assert gradient.dtype == owner.dtype
+            found[name] = gradient
+        else:
+            assert gradient.shape == (0,)
+    return found
 
 
 def expected(case: Case, x: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -120,6 +147,8 @@ def expected(case: Case, x: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
         return None if t is None else t.detach().to(dtype).requires_grad_()
 
     leaves = {"dz": x.z, "dnorm_weight": x.norm_weight, "dnorm_bias": x.norm_bias, "dbias": x.bias}
+    if x.bias is None:
+        leaves["dbias"] = x.z.new_zeros(x.z.shape[1])
     leaves = {name: leaf(t) for name, t in leaves.items()}
     residual = None if x.residual is None else x.residual.to(dtype)
     y = reference.row(
@@ -131,8 +160,8 @@ def expected(case: Case, x: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
         residual,
         x.seed,
     )
-    wanted = {name: t for name, t in leaves.items() if t is not None}
-    gradients = torch.autograd.grad(y, list(wanted.values()), x.dy.to(dtype))
+    wanted = wanted_names(case, x)
+    gradients = torch.autograd.grad(y, [leaves[name] for name in wanted], x.dy.to(dtype))
     return {"y": y.detach()} | dict(zip(wanted, gradients, strict=True))
 
 
@@ -187,5 +216,6 @@ def matrix_of_cases() -> list[Case]:
                 i = len(cases)
                 case = Case(5, (63, 65, 1, 200)[i % 4], dtype, norm, activation)
                 case = replace(case, p=(0.1, 0.0, 0.5)[i // 3 % 3], residual=i % 5 < 2)
+                case = replace(case, wanted=min(i % 13, ALL))
                 cases.append(replace(case, bias=i % 7 < 4, affine=i % 11 < 8))
     return cases

@@ -15,27 +15,45 @@ import torch
 pytest.importorskip("triton", reason="compiling Triton kernels needs triton")
 
 from audit import TARGETS, Binary, Launch, audit, captured
-from oracle import Case, make_inputs, run
+from oracle import ALL, Case, make_inputs, run
 
+from fused.ops import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
 from fused.spec import ACTIVATIONS
 
 ROWS = 64
 BF16 = Case(ROWS, 4096, torch.bfloat16)
 FP32 = replace(BF16, dtype=torch.float32)
-NO_BIAS_8192 = replace(BF16, cols=8192, bias=False)
+WANT_NORM = WANT_NORM_WEIGHT | WANT_NORM_BIAS
+TWO_SUMS_8192 = replace(BF16, cols=8192, wanted=WANT_NORM)
+ONE_SUM_8192 = replace(BF16, cols=8192, wanted=WANT_BIAS)
 
-# Every path of tuning.py: several rows a tile, one row, two column sums at full width, row sums and
+# Every path of tuning.py: several rows a tile, one row, column sums at full width, row sums and
 # column blocks, looped forward. Widths of 1000 test the alignment hint (not divisible by 16).
 WIDTHS = [replace(BF16, cols=c, residual=c < 100) for c in (64, 1000, 4096, 16384, 40000)]
-EVERYWHERE = [*WIDTHS, NO_BIAS_8192, replace(BF16, norm=None)]
+EVERYWHERE = [
+    *WIDTHS,
+    TWO_SUMS_8192,
+    ONE_SUM_8192,
+    replace(ONE_SUM_8192, dtype=torch.float32),
+    replace(BF16, norm=None),
+]
 HOPPER = [
     *(replace(BF16, activation=a) for a in (None, *ACTIVATIONS) if a != "gelu"),
     *(replace(FP32, cols=c) for c in (64, 1000, 4096, 16384)),
-    replace(NO_BIAS_8192, dtype=torch.float32),
+    replace(TWO_SUMS_8192, dtype=torch.float32),
     replace(FP32, activation="mish"),
     replace(BF16, norm="rms"),
-    replace(BF16, p=0.0, affine=False),
+    replace(BF16, p=0.0, affine=False, bias=False, wanted=0),
     replace(BF16, parameter_dtype=torch.float32),
+]
+# Frozen parameters, and a bias that z contains.
+WANTED = [
+    *(replace(BF16, wanted=wanted) for wanted in range(ALL)),
+    *(replace(BF16, cols=8192, wanted=wanted) for wanted in (0, 1, 2, 5, 6)),
+    *(replace(BF16, cols=cols, bias=False) for cols in (64, 4096, 8192)),
+    replace(TWO_SUMS_8192, bias=False),
+    replace(BF16, norm=None, wanted=0),
+    replace(BF16, norm=None, bias=False),
 ]
 UNALIGNED = [
     replace(BF16, cols=1025),
@@ -47,7 +65,7 @@ UNALIGNED = [
 def launches(case: Case, arch: str) -> list[Launch]:
     with captured(arch) as found:
         run(case, make_inputs(case))
-    assert len(found) >= 3, "forward, backward, column sums"
+    assert len(found) >= (3 if case.wanted else 2), "forward, backward, column sums"
     return found
 
 
@@ -99,13 +117,18 @@ def check_all(case: Case, arch: str, *, aligned: bool = True) -> None:
 
 
 @pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize("case", EVERYWHERE, ids=str)
+@pytest.mark.parametrize("case", EVERYWHERE, ids=lambda c: f"{c}-{c.wanted}")
 def test_every_path_on_every_gpu(case: Case, arch: str) -> None:
     check_all(case, arch)
 
 
 @pytest.mark.parametrize("case", HOPPER, ids=lambda c: f"{c}-{c.parameter_dtype}-{c.p}")
 def test_activations_and_dtypes_on_sm_90(case: Case) -> None:
+    check_all(case, "sm_90")
+
+
+@pytest.mark.parametrize("case", WANTED, ids=lambda c: f"{c}-{c.wanted}-{c.bias}")
+def test_wanted_sums_on_sm_90(case: Case) -> None:
     check_all(case, "sm_90")
 
 

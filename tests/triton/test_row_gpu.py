@@ -1,7 +1,8 @@
 """The interpreter's cases on a real GPU at full size; skipped without one.
 
-What only a GPU can show: the approximate PTX instructions, the layouts, races between programs,
-equality of the mask with fused/random.py, and offsets beyond 2^31 elements of every tensor.
+What only a GPU can show: the approximate PTX instructions, the layouts, races between programs and
+threads, equality of the mask with fused/random.py, offsets beyond 2^31 elements of every tensor,
+and that the dispatcher finds these kernels.
 """
 
 from __future__ import annotations
@@ -14,8 +15,18 @@ import torch
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
 from fused.kernels.row import row_forward
-from oracle import Case, check, make_inputs, matrix_of_cases, run
+from oracle import (
+    ALL,
+    Case,
+    backward_arguments,
+    check,
+    forward_arguments,
+    make_inputs,
+    matrix_of_cases,
+    run,
+)
 
+from fused import ops
 from fused.random import keep_mask
 
 pytestmark = [
@@ -56,8 +67,32 @@ def test_mask_is_random_py_bit_for_bit(dtype: torch.dtype, threshold: int) -> No
     for number in (0, -1, 2**62 + 2**33 + 7):
         seed = torch.tensor([number], device="cuda")
         z = torch.ones(rows, cols, dtype=dtype, device="cuda")
-        y, _, _ = row_forward(z, None, None, None, None, seed, 0, 0.0, 0, 0.0, 0.0, threshold)
+        y, _ = row_forward(z, None, None, None, None, seed, 0, 0.0, 0, 0.0, 0.0, threshold)
         assert torch.equal(y != 0, keep_mask(rows, cols, threshold, seed))
+
+
+@pytest.mark.parametrize("wanted", range(ALL))
+@pytest.mark.parametrize("cols", [64, 4096, 8192, 16384])
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+def test_wanted_sums(norm: str | None, cols: int, wanted: int) -> None:
+    check(Case(129, cols, torch.bfloat16, norm, bias=False, wanted=wanted), device="cuda")
+
+
+@pytest.mark.parametrize("cols", [3, 64, 1000, 1025, 4096, 16384, 40000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+def test_operators_and_in_place(norm: str | None, dtype: torch.dtype, cols: int) -> None:
+    """A race between a row's reading and its writing would show here and nowhere else."""
+    case = Case(2000, cols, dtype, norm, residual=True)
+    x = make_inputs(case, "cuda")
+    expected = run(case, x)
+    y, statistics = ops.row_forward(*forward_arguments(case, x))
+    gradients = ops.row_backward(*backward_arguments(case, x, statistics))
+    made = [gradient for gradient in gradients if gradient.numel()]
+    assert all(torch.equal(a, b) for a, b in zip([y, *made], expected.values(), strict=True))
+    z = x.z.clone()
+    ops.row_forward_(*forward_arguments(case, replace(x, z=z)))
+    assert torch.equal(z, y)
 
 
 def test_more_than_2_to_the_31_elements() -> None:

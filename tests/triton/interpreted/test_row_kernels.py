@@ -12,10 +12,23 @@ import triton
 import triton.language as tl
 from fused.kernels import tuning
 from fused.kernels.row import row_forward
-from fused.kernels.row_backward import row_backward
 from interpreter import launches
-from oracle import Case, Inputs, check, expected, make_inputs, matrix_of_cases, run
+from oracle import (
+    ALL,
+    Case,
+    Inputs,
+    backward_arguments,
+    check,
+    expected,
+    forward_arguments,
+    make_inputs,
+    matrix_of_cases,
+    run,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fused import ops
+from fused.ops import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
 from fused.random import keep_mask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -83,12 +96,125 @@ def test_rows_wider_than_a_tile(norm: str | None, dtype: torch.dtype, cols: int)
             "_row_bwd_kernel",
             "_column_sum_kernel",
         ]
-    check(replace(case, bias=False, affine=False, gap=3))
+    check(replace(case, bias=False, affine=False, gap=3, wanted=0))
     # The mask does not depend on the tile: a dropped element leaves the residual, exactly.
     x = make_inputs(case)
     keep = keep_mask(3, cols, case.epilogue.threshold, x.seed)
     assert torch.equal(wide["y"][~keep], x.residual[~keep])
     assert (wide["y"][keep] != x.residual[keep]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("wanted", range(ALL + 1))
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "z contains the bias"])
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+def test_wanted_sums(norm: str | None, bias: bool, wanted: int) -> None:
+    """Any subset, and none of the others changes by a bit."""
+    case = Case(5, 65, torch.bfloat16, norm, bias=bias, wanted=wanted)
+    x = make_inputs(case)
+    with launches() as log:
+        found = check(case, x)
+    if norm is None:
+        wanted &= WANT_BIAS
+    assert len(found) == 2 + wanted.bit_count()
+    assert (log[-1].kernel == "_column_sum_kernel") == bool(wanted)
+    every = run(replace(case, wanted=ALL), x)
+    assert all(torch.equal(found[name], every[name]) for name in found)
+
+
+@pytest.mark.parametrize("wanted", [0, WANT_NORM_WEIGHT, WANT_BIAS, WANT_NORM_BIAS | WANT_BIAS])
+@pytest.mark.usefixtures("small_tiles")
+def test_wanted_sums_of_wide_rows(wanted: int) -> None:
+    check(Case(3, 200, bias=False, wanted=wanted))
+
+
+def test_only_parameters_that_exist_are_wanted() -> None:
+    case = Case(3, 40, affine=False, bias=False)
+    assert set(check(case)) == {"y", "dz", "dbias"}
+
+
+def test_bias_inside_z_gives_the_same_gradients() -> None:
+    case = Case(7, 65)
+    x = make_inputs(case)
+    inside = replace(x, z=x.z + x.bias, bias=None)
+    apart, together = run(case, x), run(replace(case, bias=False), inside)
+    assert all(torch.equal(apart[name], together[name]) for name in apart)
+
+
+def check_statistics(case: Case) -> None:
+    x = make_inputs(case)
+    _, statistics = ops._triton_row_forward(*forward_arguments(case, x))
+    assert statistics.dtype == torch.float32
+    assert statistics.is_contiguous()
+    z = x.z.double() + x.bias.double()
+    centred = z - z.mean(1, keepdim=True) if case.norm == "layer" else z
+    rstd = (centred.square().mean(1) + case.epilogue.eps).rsqrt()
+    exact = {"layer": [z.mean(1), rstd], "rms": [rstd], None: []}[case.norm]
+    assert statistics.shape == (len(exact), case.rows)
+    for found, value in zip(statistics, exact, strict=True):
+        torch.testing.assert_close(found.double(), value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+def test_statistics(norm: str | None, rows: int) -> None:
+    """Mean, then rstd, of z + bias: (2, rows), (1, rows) or (0, rows)."""
+    check_statistics(Case(rows, 65, torch.bfloat16, norm))
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.usefixtures("small_tiles")
+def test_statistics_of_wide_rows(norm: str) -> None:
+    check_statistics(Case(3, 200, torch.bfloat16, norm))
+
+
+def check_in_place(case: Case) -> None:
+    """The same bits as in a new tensor, and nothing written between the rows."""
+    x = make_inputs(case)
+    y, statistics = row_forward(*forward_arguments(case, x))
+    # Both halves of the storage: the rows of z and what lies between them.
+    whole = torch.full((case.rows, case.cols + case.gap), float("nan"), dtype=case.dtype)
+    z = whole[:, : case.cols].copy_(x.z)
+    found, again = row_forward(*forward_arguments(case, replace(x, z=z)), out=z)
+    assert found is z
+    assert torch.equal(z, y)
+    assert torch.equal(again, statistics)
+    assert whole[:, case.cols :].isnan().all()
+    z.copy_(x.z)
+    assert ops._triton_row_forward_(*forward_arguments(case, replace(x, z=z))) is None
+    assert torch.equal(z, y)
+
+
+@pytest.mark.parametrize("rows, cols, gap", [(33, 40, 0), (3, 1025, 0), (5, 200, 3)])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+def test_in_place(norm: str | None, dtype: torch.dtype, rows: int, cols: int, gap: int) -> None:
+    check_in_place(Case(rows, cols, dtype, norm, residual=rows == 5, gap=gap))
+
+
+@pytest.mark.parametrize("gap", [0, 3])
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+@pytest.mark.usefixtures("small_tiles")
+def test_wide_rows_in_place(norm: str | None, gap: int) -> None:
+    check_in_place(Case(3, 200, norm=norm, residual=True, gap=gap))
+
+
+@pytest.mark.parametrize("wanted", [ALL, WANT_NORM_WEIGHT, 0])
+@pytest.mark.parametrize("rows, cols", [(3, 40), (0, 8), (4, 0)])
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+def test_fake_kernels_foretell_shapes_and_dtypes(
+    norm: str | None, rows: int, cols: int, wanted: int
+) -> None:
+    """opcheck does this for the C++ kernels; it cannot reach kernels that need a GPU."""
+    case = Case(rows, cols, torch.bfloat16, norm, parameter_dtype=torch.float32, wanted=wanted)
+    x = make_inputs(case)
+    forward = forward_arguments(case, x)
+    real = ops._triton_row_forward(*forward)
+    backward = backward_arguments(case, x, real[1])
+    real += ops._triton_row_backward(*backward)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = ops.row_forward(*forward) + ops.row_backward(*backward)
+    for r, f in zip(real, fake, strict=True):
+        assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
@@ -100,10 +226,10 @@ def test_mask_is_random_py_bit_for_bit(
     for number in (0, 12345, -1, 2**62 + 2**33 + 7):
         seed = torch.tensor([number])
         ones = torch.ones(rows, cols, dtype=dtype)
-        y, _, _ = row_forward(ones, None, None, None, None, seed, 0, 0.0, 0, 0.0, 0.0, threshold)
-        empty = torch.empty(0)
-        dz, *_ = row_backward(
-            ones, ones, None, None, None, empty, empty, seed, 0, 0, 0.0, 0.0, threshold
+        scalars = (0, 0.0, 0, 0.0, 0.0, threshold)
+        y, statistics = ops._triton_row_forward(ones, None, None, None, None, seed, *scalars)
+        dz, *_ = ops._triton_row_backward(
+            ones, ones, None, None, None, statistics, seed, 0, *scalars
         )
         if threshold == 65536:
             assert (y == 0).all()
@@ -174,7 +300,7 @@ def test_infinite_and_nan_rows_stay_in_their_rows() -> None:
 def test_dropped_infinity_is_nan_as_in_nn_dropout() -> None:
     z = torch.full((4, 64), float("inf"))
     seed = torch.tensor([5])
-    y, _, _ = row_forward(z, None, None, None, None, seed, 0, 0.0, 0, 0.0, 0.0, 32768)
+    y, _ = row_forward(z, None, None, None, None, seed, 0, 0.0, 0, 0.0, 0.0, 32768)
     keep = keep_mask(4, 64, 32768, seed)
     assert (y[keep] == float("inf")).all()
     assert y[~keep].isnan().all()
