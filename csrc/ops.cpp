@@ -196,7 +196,7 @@ constexpr int64_t kGrain = 16384;
 
 void run_forward(const RowForward& problem, int64_t rows, Storage storage, int64_t activation) {
   const ForwardKernel kernel = active_kernels()->forward[static_cast<int>(storage)][activation];
-  const size_t scratch = sizeof(double) * scratch_elements(problem.cols);
+  const size_t scratch = sizeof(double) * forward_scratch(problem.cols);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, problem.cols));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     kernel(problem, begin, end, thread_buffer(3, scratch));
@@ -358,7 +358,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
     problem.dz = dz.data_ptr();
     problem.streaming = worth_streaming(dz);
     const BackwardKernel kernel = active_kernels()->backward[static_cast<int>(storage)][activation];
-    const size_t scratch = sizeof(double) * scratch_elements(cols);
+    const size_t scratch = sizeof(double) * backward_scratch(cols);
     const int64_t grain = std::max<int64_t>(1, kGrain / (per_chunk * cols));
     torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
       for (int64_t chunk = first; chunk < last; ++chunk) {

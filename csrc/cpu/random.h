@@ -111,43 +111,39 @@ inline void random_block(const PhiloxKeys& keys, uint64_t first, uint16_t* out) 
 
 #endif
 
-// Dropout's decisions for 64 elements at a time; threshold is in [1, 65536].
-class Keep {
- public:
-  Keep(uint64_t seed, uint32_t threshold) : keys_(seed), threshold_(threshold) {}
-
+// Dropout's decisions for 64 elements.
+struct KeepBlock {
 #if FUSED_AVX512
-  // `first` is the counter of the first eight elements.
-  void draw(uint64_t first) {
+  uint64_t bits = 0;
+
+  // `first` is the counter of the first eight elements; threshold is in [1, 65536].
+  void draw(const PhiloxKeys& keys, uint64_t first, uint32_t threshold) {
     __m512i numbers[2];
-    random_block(keys_, first, numbers);
-    const __m512i last_dropped = _mm512_set1_epi16(static_cast<int16_t>(threshold_ - 1));
-    bits_ = _mm512_cmpgt_epu16_mask(numbers[0], last_dropped) |
-            static_cast<uint64_t>(_mm512_cmpgt_epu16_mask(numbers[1], last_dropped)) << 32;
+    random_block(keys, first, numbers);
+    const __m512i last_dropped = _mm512_set1_epi16(static_cast<int16_t>(threshold - 1));
+    bits = _mm512_cmpgt_epu16_mask(numbers[0], last_dropped) |
+           static_cast<uint64_t>(_mm512_cmpgt_epu16_mask(numbers[1], last_dropped)) << 32;
   }
   // scale where the element is kept, zero where it is dropped; for the elements from `offset` on.
   f32v factor(int offset, f32v scale) const {
-    return (f32v)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits_ >> offset), (__m512)scale);
+    return (f32v)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits >> offset), (__m512)scale);
   }
-  double factor(int offset, double scale) const { return bits_ >> offset & 1 ? scale : 0.0; }
+  double factor(int offset, double scale) const { return bits >> offset & 1 ? scale : 0.0; }
 #else
-  void draw(uint64_t first) { random_block(keys_, first, numbers_); }
+  alignas(64) uint16_t numbers[kRandomBlock];
+  uint32_t least_kept = 0;
+
+  void draw(const PhiloxKeys& keys, uint64_t first, uint32_t threshold) {
+    random_block(keys, first, numbers);
+    least_kept = threshold;
+  }
   f32v factor(int offset, f32v scale) const {
-    const i32v found = __builtin_convertvector(load_words(numbers_ + offset, All<f32v>{}), i32v);
-    return found >= static_cast<int32_t>(threshold_) ? scale : f32v{};
+    const i32v found = __builtin_convertvector(load_words(numbers + offset, All<f32v>{}), i32v);
+    return found >= static_cast<int32_t>(least_kept) ? scale : f32v{};
   }
   double factor(int offset, double scale) const {
-    return numbers_[offset] >= threshold_ ? scale : 0.0;
+    return numbers[offset] >= least_kept ? scale : 0.0;
   }
-#endif
-
- private:
-  PhiloxKeys keys_;
-  uint32_t threshold_;
-#if FUSED_AVX512
-  uint64_t bits_ = 0;
-#else
-  alignas(64) uint16_t numbers_[kRandomBlock];
 #endif
 };
 

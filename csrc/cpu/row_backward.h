@@ -63,7 +63,8 @@ struct RowBackwardKernel : RowBackwardBase<T> {
     const C inverse = C(1) / static_cast<C>(cols);
     const uint64_t groups =
         static_cast<uint64_t>(cols + kElementsPerCounter - 1) / kElementsPerCounter;
-    Keep keep(problem.seed, threshold);
+    const PhiloxKeys keys(problem.seed);
+    KeepBlock keep;
 
     for (int64_t row = begin; row < end; ++row) {
       const T* const z = static_cast<const T*>(problem.z) + row * z_stride;
@@ -103,7 +104,7 @@ struct RowBackwardKernel : RowBackwardBase<T> {
                  FUSED_INLINE { g[k] = load(dy + i, n) * Activation::gradient(h[k], parameters); });
         if (threshold) {
           const int offset = static_cast<int>(start % kRandomBlock);
-          if (offset == 0) keep.draw(counter + start / kElementsPerCounter);
+          if (offset == 0) keep.draw(keys, counter + start / kElementsPerCounter, threshold);
           each([&](int k, int64_t)
                    FUSED_INLINE { g[k] *= keep.factor(offset + k * kLanes, scale); });
         }

@@ -33,7 +33,8 @@ struct RowForwardKernel : RowBase<T> {
     const int64_t batch = Base::batch_rows(cols);
     const uint64_t groups =
         static_cast<uint64_t>(cols + kElementsPerCounter - 1) / kElementsPerCounter;
-    Keep keep(problem.seed, threshold);
+    const PhiloxKeys keys(problem.seed);
+    KeepBlock keep;
 
     for (int64_t first = begin; first < end; first += batch) {
       const int64_t last = std::min(end, first + batch);
@@ -77,7 +78,7 @@ struct RowForwardKernel : RowBase<T> {
           each([&](int k, int64_t) FUSED_INLINE { h[k] = Activation::value(h[k], parameters); });
           if (threshold) {
             const int offset = static_cast<int>(start % kRandomBlock);
-            if (offset == 0) keep.draw(counter + start / kElementsPerCounter);
+            if (offset == 0) keep.draw(keys, counter + start / kElementsPerCounter, threshold);
             each([&](int k, int64_t)
                      FUSED_INLINE { h[k] *= keep.factor(offset + k * kLanes, scale); });
           }

@@ -16,18 +16,23 @@ template <class V, class F>
 FUSED_INLINE inline void accumulate(int64_t cols, V& first, V& second, const F& term) {
   // Independent sums hide the latency of addition, and shorten the chain of roundings; one double
   // at a time needs more of them for that.
-  constexpr int kLanes = kLanesOf<V>, kAccumulators = kLanes == 1 ? 32 : 4;
-  V sums[kAccumulators][2] = {};
+  constexpr int kLanes = kLanesOf<V>, kAccumulators = kLanes == 1 ? 16 : 4;
+  // One by one and unrolled: as a whole they would be kept, and cleared, in memory.
+  V sums[kAccumulators][2];
+#pragma GCC unroll 16
+  for (int k = 0; k < kAccumulators; ++k) sums[k][0] = sums[k][1] = V{};
   int64_t i = 0;
   for (; i + kAccumulators * kLanes <= cols; i += kAccumulators * kLanes) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int k = 0; k < kAccumulators; ++k) {
       term(i + k * kLanes, All<V>{}, sums[k][0], sums[k][1]);
     }
   }
   for_each_vector<V>(i, cols,
                      [&](int64_t j, auto n) FUSED_INLINE { term(j, n, sums[0][0], sums[0][1]); });
+#pragma GCC unroll 4
   for (int half = kAccumulators / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
     for (int k = 0; k < half; ++k) {
       sums[k][0] += sums[k + half][0];
       sums[k][1] += sums[k + half][1];
@@ -117,9 +122,6 @@ struct RowBase {
     C *const mean = static_cast<C*>(problem.mean), *const rstd = static_cast<C*>(problem.rstd);
     const C inverse = C(1) / static_cast<C>(cols);
     const V share = broadcast<V>(inverse);
-    const auto inverse_root = [=](C variance) {
-      return static_cast<C>(1.0 / std::sqrt(static_cast<double>(variance) + eps));
-    };
     V sum, square;
     // Each term is divided by cols before it is added: values near the largest float do not
     // overflow the mean.
@@ -139,13 +141,12 @@ struct RowBase {
           if (copy) store(out + i, x, n);
           q += x * x * share;
         });
-        rstd[row] = inverse_root(sum_lanes(square));
+        rstd[row] = sum_lanes(square);
       }
     }
-    if (!centered) return;
     // Corrected two-pass: Chan, Golub and LeVeque, "Algorithms for computing the sample variance",
     // 1983. The mean of the differences repairs the rounding of the first mean.
-    for (int64_t row = begin; row < end; ++row) {
+    for (int64_t row = begin; centered && row < end; ++row) {
       const T* const in = z + row * stride;
       const C* const out = scratch + (row - begin) * cols;
       const C first = mean[row];
@@ -159,7 +160,11 @@ struct RowBase {
       const C shift = sum_lanes(sum) * inverse;
       const C variance = sum_lanes(square) * inverse - shift * shift;
       mean[row] = first + shift;
-      rstd[row] = inverse_root(variance < C(0) ? C(0) : variance);
+      rstd[row] = variance < C(0) ? C(0) : variance;
+    }
+    // By itself: square root and division of one row do not wait for those of another.
+    for (int64_t row = begin; row < end; ++row) {
+      rstd[row] = static_cast<C>(1.0 / std::sqrt(static_cast<double>(rstd[row]) + eps));
     }
   }
 };
