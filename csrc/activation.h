@@ -2,8 +2,10 @@
 //
 // V is a scalar or a vector of floats. The functions used here (broadcast, select, exp, expm1,
 // tanh, log1p_exp, normal_cdf, gelu_gradient, reciprocal, finite) are declared next to the type:
-// cpu/math.h. Values, breakpoints and derivatives at breakpoints are torch's; NaN goes through
-// everywhere, which is why comparisons are written so that NaN takes the branch that keeps it.
+// cpu/math.h. `gradient` takes the gradient of the value first and selects where torch does, so that
+// an infinite one gives zero where the activation is flat. Values, breakpoints and derivatives at
+// breakpoints are torch's; NaN goes through everywhere, which is why comparisons are written so that
+// NaN takes the branch that keeps it.
 // Order and codes: fused/spec.py.
 #pragma once
 
@@ -21,8 +23,8 @@ struct Identity {
     return h;
   }
   template <class V>
-  static V gradient(V, const ActivationParameters<V>&) {
-    return broadcast<V>(1.0);
+  static V gradient(V g, V, const ActivationParameters<V>&) {
+    return g;
   }
 };
 
@@ -33,9 +35,9 @@ struct Relu {
     return select(h < zero, zero, h);
   }
   template <class V>
-  static V gradient(V h, const ActivationParameters<V>&) {
+  static V gradient(V g, V h, const ActivationParameters<V>&) {
     const V zero = broadcast<V>(0.0);
-    return select(h <= zero, zero, broadcast<V>(1.0));
+    return select(h <= zero, zero, g);
   }
 };
 
@@ -46,9 +48,9 @@ struct Relu6 {
     return select(h < zero, zero, select(h > six, six, h));
   }
   template <class V>
-  static V gradient(V h, const ActivationParameters<V>&) {
-    const V zero = broadcast<V>(0.0), one = broadcast<V>(1.0);
-    return select(h > zero, select(h < broadcast<V>(6.0), one, zero), zero);
+  static V gradient(V g, V h, const ActivationParameters<V>&) {
+    const V zero = broadcast<V>(0.0);
+    return select(h > zero, select(h < broadcast<V>(6.0), g, zero), zero);
   }
 };
 
@@ -58,8 +60,8 @@ struct LeakyRelu {
     return select(h > broadcast<V>(0.0), h, h * parameters.alpha);
   }
   template <class V>
-  static V gradient(V h, const ActivationParameters<V>& parameters) {
-    return select(h > broadcast<V>(0.0), broadcast<V>(1.0), parameters.alpha);
+  static V gradient(V g, V h, const ActivationParameters<V>& parameters) {
+    return select(h > broadcast<V>(0.0), g, g * parameters.alpha);
   }
 };
 
@@ -69,8 +71,8 @@ struct Elu {
     return select(h > broadcast<V>(0.0), h, parameters.alpha * expm1(h));
   }
   template <class V>
-  static V gradient(V h, const ActivationParameters<V>& parameters) {
-    return select(h > broadcast<V>(0.0), broadcast<V>(1.0), parameters.alpha * exp(h));
+  static V gradient(V g, V h, const ActivationParameters<V>& parameters) {
+    return select(h > broadcast<V>(0.0), g, g * (parameters.alpha * exp(h)));
   }
 };
 
@@ -84,9 +86,9 @@ struct Selu {
                   broadcast<V>(kAlpha * kScale) * expm1(h));
   }
   template <class V>
-  static V gradient(V h, const ActivationParameters<V>&) {
-    return select(h > broadcast<V>(0.0), broadcast<V>(kScale),
-                  broadcast<V>(kAlpha * kScale) * exp(h));
+  static V gradient(V g, V h, const ActivationParameters<V>&) {
+    return select(h > broadcast<V>(0.0), g * broadcast<V>(kScale),
+                  g * (broadcast<V>(kAlpha * kScale) * exp(h)));
   }
 };
 
@@ -116,8 +118,8 @@ struct Gelu {
     return h * normal_cdf(h);
   }
   template <class V>
-  static V gradient(V h, const ActivationParameters<V>&) {
-    return gelu_gradient(h);
+  static V gradient(V g, V h, const ActivationParameters<V>&) {
+    return g * gelu_gradient(h);
   }
 };
 
@@ -131,12 +133,12 @@ struct GeluTanh {
     return h * sigmoid(h * (broadcast<V>(kSlope * kCubic) * square + broadcast<V>(kSlope)));
   }
   template <class V>
-  static V gradient(V h, const ActivationParameters<V>&) {
+  static V gradient(V g, V h, const ActivationParameters<V>&) {
     const V square = h * h;
     const auto s =
         sigmoid_pair(h * (broadcast<V>(kSlope * kCubic) * square + broadcast<V>(kSlope)));
     const V slope = broadcast<V>(3.0 * kSlope * kCubic) * square + broadcast<V>(kSlope);
-    return s.value + h * s.value * s.complement * slope;
+    return g * (s.value + h * s.value * s.complement * slope);
   }
 };
 
@@ -146,9 +148,9 @@ struct Silu {
     return h * sigmoid(h);
   }
   template <class V>
-  static V gradient(V h, const ActivationParameters<V>&) {
+  static V gradient(V g, V h, const ActivationParameters<V>&) {
     const auto s = sigmoid_pair(h);
-    return s.value * (broadcast<V>(1.0) + h * s.complement);
+    return g * (s.value * (broadcast<V>(1.0) + h * s.complement));
   }
 };
 
@@ -163,7 +165,7 @@ struct Mish {
     return select(h > limit, h, h * (n * reciprocal(n + two)));
   }
   template <class V>
-  static V gradient(V h, const ActivationParameters<V>&) {
+  static V gradient(V g, V h, const ActivationParameters<V>&) {
     const V one = broadcast<V>(1.0), two = broadcast<V>(2.0), limit = broadcast<V>(kLinear);
     const V e = exp(select(h > limit, limit, h));
     const V n = e * (e + two);
@@ -171,7 +173,7 @@ struct Mish {
     const V t = n * r;
     const V sech2 = broadcast<V>(4.0) * (n + one) * r * r;  // 1 − t²
     const V slope = t + h * (e * reciprocal(one + e)) * sech2;
-    return select(h > limit, one, slope);
+    return select(h > limit, g, g * slope);
   }
 };
 
@@ -181,9 +183,9 @@ struct Sigmoid {
     return sigmoid(h);
   }
   template <class V>
-  static V gradient(V h, const ActivationParameters<V>&) {
+  static V gradient(V g, V h, const ActivationParameters<V>&) {
     const auto s = sigmoid_pair(h);
-    return s.value * s.complement;
+    return g * (s.value * s.complement);
   }
 };
 
@@ -193,9 +195,9 @@ struct Tanh {
     return tanh(h);
   }
   template <class V>
-  static V gradient(V h, const ActivationParameters<V>&) {
+  static V gradient(V g, V h, const ActivationParameters<V>&) {
     const V t = tanh(h);
-    return broadcast<V>(1.0) - t * t;
+    return g * (broadcast<V>(1.0) - t * t);
   }
 };
 
@@ -207,9 +209,9 @@ struct Hardsigmoid {
     return select(t < zero, zero, select(t > six, six, t)) * broadcast<V>(1.0 / 6.0);
   }
   template <class V>
-  static V gradient(V h, const ActivationParameters<V>&) {
+  static V gradient(V g, V h, const ActivationParameters<V>&) {
     const V zero = broadcast<V>(0.0), three = broadcast<V>(3.0);
-    const V inner = select(h < three, broadcast<V>(1.0 / 6.0), zero);
+    const V inner = select(h < three, g * broadcast<V>(1.0 / 6.0), zero);
     return select(h > -three, inner, zero);
   }
 };
@@ -220,10 +222,10 @@ struct Hardswish {
     return h * Hardsigmoid::value(h, parameters);
   }
   template <class V>
-  static V gradient(V h, const ActivationParameters<V>&) {
-    const V zero = broadcast<V>(0.0), one = broadcast<V>(1.0), three = broadcast<V>(3.0);
+  static V gradient(V g, V h, const ActivationParameters<V>&) {
+    const V zero = broadcast<V>(0.0), three = broadcast<V>(3.0);
     const V inner = h * broadcast<V>(1.0 / 3.0) + broadcast<V>(0.5);
-    return select(h <= -three, zero, select(h >= three, one, inner));
+    return select(h <= -three, zero, select(h >= three, g, g * inner));
   }
 };
 
@@ -237,9 +239,9 @@ struct Softplus {
     return select(scaled > parameters.beta, h, soft / parameters.alpha);
   }
   template <class V>
-  static V gradient(V h, const ActivationParameters<V>& parameters) {
+  static V gradient(V g, V h, const ActivationParameters<V>& parameters) {
     const V scaled = h * parameters.alpha;
-    return select(scaled > parameters.beta, broadcast<V>(1.0), sigmoid(scaled));
+    return select(scaled > parameters.beta, g, g * sigmoid(scaled));
   }
 };
 
@@ -251,9 +253,9 @@ struct ReluSquared {
     return r * r;
   }
   template <class V>
-  static V gradient(V h, const ActivationParameters<V>& parameters) {
+  static V gradient(V g, V h, const ActivationParameters<V>& parameters) {
     const V r = Relu::value(h, parameters);
-    return r + r;
+    return g * (r + r);
   }
 };
 

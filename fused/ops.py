@@ -80,7 +80,7 @@ def _triton_row_forward(z: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def _triton_row_forward_(z: Tensor, *args: Any) -> None:
     from .kernels.row import row_forward
 
-    z.copy_(row_forward(z, *args)[0])
+    row_forward(z, *args, out=z)
 
 
 def _triton_row_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

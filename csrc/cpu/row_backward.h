@@ -101,7 +101,7 @@ struct RowBackwardKernel : RowBackwardBase<T> {
           });
         }
         each([&](int k, int64_t i)
-                 FUSED_INLINE { g[k] = load(dy + i, n) * Activation::gradient(h[k], parameters); });
+                 FUSED_INLINE { g[k] = Activation::gradient(load(dy + i, n), h[k], parameters); });
         if (threshold) {
           const int offset = static_cast<int>(start % kRandomBlock);
           if (offset == 0) keep.draw(keys, counter + start / kElementsPerCounter, threshold);
