@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -69,7 +68,9 @@ def last_level_cache(device: str) -> int:
     """Bytes of the cache before the device's memory."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).L2_cache_size)
-    try:
-        return os.sysconf("SC_LEVEL3_CACHE_SIZE") or FALLBACK_CACHE
-    except (OSError, ValueError):
-        return FALLBACK_CACHE
+    # Not os.sysconf: glibc multiplies the size on some AMD processors.
+    for index in (3, 2):
+        path = Path(f"/sys/devices/system/cpu/cpu0/cache/index{index}/size")
+        if path.exists():
+            return int(path.read_text().strip().removesuffix("K")) << 10
+    return FALLBACK_CACHE
