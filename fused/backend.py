@@ -4,17 +4,20 @@
     cpp        CPU tensors: float32, bfloat16, float16, float64
     reference  everything else, in plain torch
 
-`FUSED_BACKEND` in the environment or `use_backend(...)` asks for one of them; a backend that cannot
-serve a tensor gives way to the reference, and `why_not` says why.
+`FUSED_BACKEND` in the environment asks for one of them in the whole process, `use_backend(...)` in
+one thread or task; a backend that cannot serve a tensor gives way to the reference, and `why_not`
+says why.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,11 +63,16 @@ def _load_extension() -> tuple[ctypes.CDLL | None, str]:
 
 
 _extension, _extension_reason = _load_extension()
-_requested = _checked(os.environ.get("FUSED_BACKEND", "auto"))
-# (device type, dtype) → backend, for the backend requested; emptied when that changes.
-_chosen: dict[tuple[str, torch.dtype], str] = {}
-# Counts the changes of the request, so that others may keep what they derived from it.
-generation = 0
+_default = _checked(os.environ.get("FUSED_BACKEND") or "auto")
+# What the running thread or task asks for.
+request: ContextVar[str] = ContextVar("fused_backend", default=_default)
+# (request, device type, dtype) → backend.
+_chosen: dict[tuple[str, str, torch.dtype], str] = {}
+# What is asked for by the `use_backend` blocks that are open anywhere in the process. The compiler
+# cannot read a context variable, but it guards on this, and so compiles again where they differ.
+_open_blocks: list[str] = []
+_open_requests: tuple[str, ...] = ()
+_lock = threading.Lock()
 
 
 def cpu_isa() -> str | None:
@@ -118,21 +126,35 @@ def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str:
     return _extension_reason if backend == "cpp" else _triton_reason()
 
 
-def _choose(device_type: str, dtype: torch.dtype) -> str:
-    if _requested == "auto":
-        candidates = [name for name, device in _DEVICE_OF.items() if device == device_type]
-    else:
-        candidates = [_requested]
+def requested() -> str:
+    """The backend that is asked for here, by `use_backend` or `FUSED_BACKEND`."""
+    if torch.compiler.is_dynamo_compiling():
+        return _request_when_compiled(_open_requests)
+    return request.get()
+
+
+def _reasons(name: str, device_type: str, dtype: torch.dtype) -> dict[str, str]:
+    """Each backend that a request could mean for this device → why not, up to one that can."""
+    candidates = [name]
+    if name == "auto":
+        candidates = [b for b, device in _DEVICE_OF.items() if device == device_type]
     reasons = {}
-    for name in candidates:
-        reason = why_not(name, device_type, dtype)
+    for candidate in candidates:
+        reasons[candidate] = why_not(candidate, device_type, dtype)
+        if not reasons[candidate]:
+            break
+    return reasons
+
+
+def _choose(name: str, device_type: str, dtype: torch.dtype) -> str:
+    reasons = _reasons(name, device_type, dtype)
+    for candidate, reason in reasons.items():
         if not reason:
-            return name
-        reasons[name] = reason
+            return candidate
     # Said once: a machine that could be faster, or a request that cannot be met.
     served = device_type in _DEVICE_OF.values() and dtype.is_floating_point
-    if reasons and (_requested != "auto" or served):
-        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    if reasons and (name != "auto" or served):
+        why = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
         warnings.warn(
             f"fused: {device_type} {str(dtype).removeprefix('torch.')} runs in plain torch, "
             f"right but slower ({why})",
@@ -143,23 +165,56 @@ def _choose(device_type: str, dtype: torch.dtype) -> str:
 
 def choose(device_type: str, dtype: torch.dtype) -> str:
     """The backend that serves tensors of this device type and dtype."""
-    key = (device_type, dtype)
+    if torch.compiler.is_dynamo_compiling():
+        return _choose_when_compiled(device_type, dtype, _open_requests)
+    key = (request.get(), device_type, dtype)
     backend = _chosen.get(key)
     if backend is None:
-        backend = _chosen[key] = _choose(device_type, dtype)
+        backend = _chosen[key] = _choose(*key)
     return backend
 
 
-def _request(name: str) -> None:
-    global _requested, generation  # noqa: PLW0603
-    _requested = name
-    generation += 1
-    _chosen.clear()
+# The compiler takes what these two return for constant, as if marked with
+# torch.compiler.assume_constant_result, which would import all of it; the argument is its guard.
+
+
+def _request_when_compiled(guarded: tuple[str, ...]) -> str:
+    return request.get()
+
+
+def _choose_when_compiled(device_type: str, dtype: torch.dtype, guarded: tuple[str, ...]) -> str:
+    return choose(device_type, dtype)
+
+
+_request_when_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_choose_when_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def reason(device_type: str, dtype: torch.dtype) -> str:
+    """Why no kernel serves this device and dtype, whatever is asked for; empty if one does."""
+    if choose(device_type, dtype) != "reference":
+        return ""
+    name = requested()
+    if name == "reference":
+        return "backend 'reference' is asked for"
+    why = "; ".join(_reasons(name, device_type, dtype).values())
+    asked = "" if name == "auto" else f", and backend {name!r} is asked for"
+    return f"{why or f'no kernel serves {device_type}'}{asked}"
+
+
+def _count_blocks(opened: str | None = None, closed: str | None = None) -> None:
+    global _open_requests  # noqa: PLW0603
+    with _lock:
+        if opened is not None:
+            _open_blocks.append(opened)
+        if closed is not None:
+            _open_blocks.remove(closed)
+        _open_requests = tuple(sorted(set(_open_blocks)))
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Asks for one backend inside the block.
+    """Asks for one backend inside the block, in this thread or task alone.
 
     Args:
         name: "auto", "triton", "cuda", "cpp" or "reference". What the backend cannot serve runs in
@@ -168,9 +223,10 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: unknown name.
     """
-    previous = _requested
-    _request(_checked(name))
+    before = request.set(_checked(name))
+    _count_blocks(opened=name)
     try:
         yield
     finally:
-        _request(previous)
+        _count_blocks(closed=name)
+        request.reset(before)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .chain import Chain
 from .nn import Sequential
-from .plan import Chain, Entry, make_entry, make_steps
+from .plan import Entry, make_entry, make_steps
 
 __all__ = ["Report", "fuse_", "unfuse_"]
 
@@ -16,6 +17,8 @@ __all__ = ["Report", "fuse_", "unfuse_"]
 @dataclass
 class Report:
     """What `fuse_` did: print it; after a run it also says how often each chain ran fused.
+
+    Calls of a compiled model are not counted.
 
     Attributes:
         modules: the path of each converted (or, in a dry run, convertible) Sequential → the module.
@@ -49,6 +52,8 @@ class Report:
         lines = [f"{self.fused} of {len(entries)} chains {verb}"]
         lines += [f"  {path or '(the model itself)'} {entry}" for path, entry in entries]
         lines += [f"  {path or '(the model itself)'}: {why}" for path, why in self.skipped.items()]
+        if any(entry.fused_calls or entry.unfused_calls for _, entry in entries):
+            lines.append("calls of a compiled model are not counted")
         return "\n".join(lines)
 
 
@@ -118,7 +123,6 @@ def unfuse_(model: nn.Module) -> nn.Module:
         raise TypeError(f"unfuse_: model must be an nn.Module, got {type(model).__name__}")
     for module in model.modules():
         if type(module) is Sequential:
-            module.__dict__.pop("_steps", None)
             module.__dict__.pop("_planned", None)
             module.__class__ = nn.Sequential  # type: ignore[assignment]
     return model

@@ -18,12 +18,15 @@ from . import ops, reference
 from .autograd import Codes, RowFunction, contiguous_rows, epilogue_of
 from .backend import choose
 from .random import draw_seed
-from .spec import make_epilogue
+from .spec import ACTIVATION_CODES, make_epilogue
 
 functorch_active = torch._C._are_functorch_transforms_active
 is_tracing = torch._C._is_tracing
 _forward_ad = torch.autograd.forward_ad
 _AUTOCAST_DEVICES = ("cpu", "cuda")
+# What CUDA autocast computes, and returns, in float32 besides norms (ATen/autocast_mode.h):
+# softplus, and pow, which square is.
+_CUDA_AUTOCAST_FLOAT32 = (ACTIVATION_CODES["softplus"], ACTIVATION_CODES["relu_squared"])
 
 
 @lru_cache(maxsize=4096)
@@ -162,6 +165,20 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
+def cast_by_autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t as autocast would pass it to a matrix product; float64 is never cast."""
+    return t if t.dtype == torch.float64 else t.to(dtype)
+
+
+def float32_under_autocast(
+    device_type: str, dtype: torch.dtype, norm: bool, activation: int = 0
+) -> bool:
+    """Whether autocast makes eager's norm or activation read `dtype` as float32."""
+    if device_type != "cuda" or not (norm or activation in _CUDA_AUTOCAST_FLOAT32):
+        return False
+    return dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled("cuda")
+
+
 def linear_chain(
     x: Tensor,
     weight: Tensor,
@@ -176,12 +193,10 @@ def linear_chain(
     shape = x.shape
     cast = autocast_dtype(x.device.type)
     if cast is not None:
-        x, weight = x.to(cast), weight.to(cast)
-        bias = None if bias is None else bias.to(cast)
-        norm = codes[0]
-        if x.device.type == "cuda" and norm:
-            # Eager's norm reads z in float32 there and returns float32.
-            z = F.linear(x, weight, bias).float()
+        x, weight = cast_by_autocast(x, cast), cast_by_autocast(weight, cast)
+        bias = None if bias is None else cast_by_autocast(bias, cast)
+        if float32_under_autocast(x.device.type, x.dtype, bool(codes[0]), codes[2]):
+            z = F.linear(x, weight, bias)
             return chain(z, 1, norm_weight, norm_bias, residual, seed, codes)
     if len(shape) == 2:
         if residual is not None and residual.dtype != x.dtype:
@@ -190,9 +205,10 @@ def linear_chain(
             )
         return run_linear_row(x, weight, bias, norm_weight, norm_bias, residual, seed, codes)
     out = (*shape[:-1], weight.shape[0])
+    rows = math.prod(shape[:-1])  # not -1, which is ambiguous where there are no features
     if residual is not None:
-        residual = residual.reshape(-1, weight.shape[0])
-    x = x.reshape(-1, shape[-1])
+        residual = residual.reshape(rows, weight.shape[0])
+    x = x.reshape(rows, shape[-1])
     return linear_chain(x, weight, bias, norm_weight, norm_bias, residual, seed, codes).view(out)
 
 
@@ -206,6 +222,8 @@ def chain(
     codes: Codes,
 ) -> Tensor:
     """`run_row` for z of any rank; a row is the last `normalized_dims` dimensions."""
+    if float32_under_autocast(z.device.type, z.dtype, bool(codes[0]), codes[2]):
+        z = z.float()
     if residual is not None and residual.dtype != z.dtype:
         return residual + chain(z, normalized_dims, norm_weight, norm_bias, None, seed, codes)
     shape = z.shape

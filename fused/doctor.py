@@ -142,7 +142,7 @@ def _why_not_faster(chosen: str, device: str, dtype: torch.dtype) -> dict[str, s
     candidates = [name for name, served in backend._DEVICE_OF.items() if served == device]
     return {
         name: backend.why_not(name, device, dtype)
-        or f"backend {backend._requested!r} is asked for (FUSED_BACKEND or use_backend)"
+        or f"backend {backend.requested()!r} is asked for (FUSED_BACKEND or use_backend)"
         for name in candidates
     }
 

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .autograd import Codes
-from .dispatch import autocast_dtype, chain, default_eps, linear_chain, make_codes
+from .dispatch import (
+    autocast_dtype,
+    chain,
+    default_eps,
+    float32_under_autocast,
+    linear_chain,
+    make_codes,
+)
 from .random import dropout_mask as _dropout_mask
+from .spec import is_nan
 
 __all__ = ["dropout_mask", "linear_norm_act", "norm_act"]
 
-_SCALE_DTYPES = (torch.float32,)  # a norm's parameters may be wider than a 16-bit input
-# What CUDA autocast computes, and returns, in float32 (torch/csrc/autocast_mode.h).
-_CUDA_AUTOCAST_FLOAT32 = {"layer", "rms"}
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def _check_float(name: str, operation: str, t: Tensor) -> None:
@@ -45,10 +52,17 @@ def _check_parameter(
 
 
 def _check_scale_dtype(operation: str, name: str, t: Tensor | None, dtype: torch.dtype) -> None:
-    if t is not None and t.dtype != dtype and t.dtype not in _SCALE_DTYPES:
+    wider = dtype in _HALF  # the parameters may be wider than a 16-bit input
+    if t is not None and t.dtype != dtype and not (wider and t.dtype == torch.float32):
+        also = " or float32" if wider else ""
         raise TypeError(
-            f"{operation}: {name} must have the input's dtype ({dtype}) or float32, got {t.dtype}"
+            f"{operation}: {name} must have the input's dtype ({dtype}){also}, got {t.dtype}"
         )
+
+
+def check_residual(operation: str, residual: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raises unless the residual can be added to an output of this shape, on like's device."""
+    _check_parameter(operation, "residual", residual, shape, like)
 
 
 def _checked_seed(operation: str, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
@@ -70,7 +84,7 @@ def _checked_seed(operation: str, seed: int | Tensor | None, device: torch.devic
 
 
 def _checked_probability(operation: str, p: Any) -> float:
-    if not isinstance(p, (int, float)):
+    if not isinstance(p, Real):
         raise TypeError(f"{operation}: p must be a number, got {type(p).__name__}")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{operation}: dropout probability has to be between 0 and 1, but got {p}")
@@ -78,6 +92,7 @@ def _checked_probability(operation: str, p: Any) -> float:
 
 
 def _checked_codes(
+    operation: str,
     norm: str | None,
     eps: float | None,
     dtype: torch.dtype,
@@ -85,7 +100,13 @@ def _checked_codes(
     p: float,
     parameters: dict[str, float],
 ) -> Codes:
-    return make_codes(
+    if eps is not None and not isinstance(eps, Real):
+        raise TypeError(f"{operation}: eps must be a number, got {type(eps).__name__}")
+    if eps is not None and is_nan(eps):
+        raise ValueError(f"{operation}: eps must be a number, got {eps}")
+    # The compiler warns of caches.
+    make = make_codes.__wrapped__ if torch.compiler.is_dynamo_compiling() else make_codes
+    return make(
         norm, default_eps(norm, eps, dtype), activation, p, tuple(sorted(parameters.items()))
     )
 
@@ -149,26 +170,33 @@ def linear_norm_act(
     _check_parameter(operation, "norm_weight", norm_weight, shape, x)
     _check_parameter(operation, "norm_bias", norm_bias, shape, x)
     cast = autocast_dtype(x.device.type)
-    if cast is None:
-        for name, t in (("weight", weight), ("bias", bias)):
-            if t is not None and t.dtype != x.dtype:
-                raise TypeError(
-                    f"{operation}: {name} must have the dtype of x ({x.dtype}), got {t.dtype}; "
-                    "convert one of them, or use torch.autocast"
-                )
-    dtype = cast or x.dtype
+    dtype = _after_cast(x, cast)
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and _after_cast(t, cast) != dtype:
+            also = ", or use torch.autocast" if cast is None else ""
+            raise TypeError(
+                f"{operation}: {name} must have the dtype of x ({x.dtype}), got {t.dtype}; "
+                f"convert one of them{also}"
+            )
+    if float32_under_autocast(x.device.type, dtype, norm is not None):
+        dtype = torch.float32
     _check_scale_dtype(operation, "norm_weight", norm_weight, dtype)
     _check_scale_dtype(operation, "norm_bias", norm_bias, dtype)
     _check_norm_parameters(operation, norm, norm_weight, norm_bias)
     if residual is not None:
         _check_parameter(operation, "residual", residual, (*x.shape[:-1], features), x)
-    p = _checked_probability(operation, p) if training else 0.0
-    codes = _checked_codes(norm, eps, dtype, activation, p, activation_parameters)
+    p = _checked_probability(operation, p) * bool(training)
+    codes = _checked_codes(operation, norm, eps, dtype, activation, p, activation_parameters)
     seed_tensor = _checked_seed(operation, seed, x.device)
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
     norm_bias = None if norm_bias is None else norm_bias.contiguous()
     bias = None if bias is None else bias.contiguous()
     return linear_chain(x, weight, bias, norm_weight, norm_bias, residual, seed_tensor, codes)
+
+
+def _after_cast(t: Tensor, cast: torch.dtype | None) -> torch.dtype:
+    """The dtype in which autocast passes t to a matrix product; it never casts float64."""
+    return t.dtype if cast is None or t.dtype == torch.float64 else cast
 
 
 def _check_norm_parameters(
@@ -227,18 +255,18 @@ def norm_act(
         )
     _check_parameter(operation, "norm_weight", norm_weight, shape, z)
     _check_parameter(operation, "norm_bias", norm_bias, shape, z)
-    _check_scale_dtype(operation, "norm_weight", norm_weight, z.dtype)
-    _check_scale_dtype(operation, "norm_bias", norm_bias, z.dtype)
+    widened = float32_under_autocast(z.device.type, z.dtype, norm is not None)
+    dtype = torch.float32 if widened else z.dtype
+    _check_scale_dtype(operation, "norm_weight", norm_weight, dtype)
+    _check_scale_dtype(operation, "norm_bias", norm_bias, dtype)
     _check_norm_parameters(operation, norm, norm_weight, norm_bias)
     if residual is not None:
         _check_parameter(operation, "residual", residual, tuple(z.shape), z)
-    p = _checked_probability(operation, p) if training else 0.0
-    codes = _checked_codes(norm, eps, z.dtype, activation, p, activation_parameters)
+    p = _checked_probability(operation, p) * bool(training)
+    codes = _checked_codes(operation, norm, eps, z.dtype, activation, p, activation_parameters)
     seed_tensor = _checked_seed(operation, seed, z.device)
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
     norm_bias = None if norm_bias is None else norm_bias.contiguous()
-    if norm in _CUDA_AUTOCAST_FLOAT32 and z.is_cuda and torch.is_autocast_enabled("cuda"):
-        z = z.float()
     return chain(z, len(shape), norm_weight, norm_bias, residual, seed_tensor, codes)
 
 

@@ -1,67 +1,29 @@
-"""The modules: Sequential, and the explicit blocks made of it."""
+"""The modules: Sequential (sequential.py), and the explicit blocks made of it."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .plan import Chain, Plan, ReLUSquared, Single, make_entry, make_steps
+from .chain import Chain
+from .functional import check_residual
+from .guard import PLAIN_TENSORS, ReLUSquared
+from .sequential import Sequential
 from .spec import ACTIVATIONS, NORM_CODES, activation_parameters
 
 __all__ = ["MLP", "LinearNormAct", "NormAct", "ReLUSquared", "Sequential"]
 
 
-class Sequential(nn.Sequential):
-    """nn.Sequential that runs chains of its children as one operation each.
+class _Built(Sequential):
+    """A Sequential whose constructor takes no children, so that a slice is a plain Sequential."""
 
-    A chain is a maximal run of Linear, norm (LayerNorm, RMSNorm), activation, dropout in that
-    order, at least two of them. Children stay ordinary torch modules: same state_dict, same hooks,
-    same everything; and the result is always nn.Sequential's, dropout masks aside. A chain falls
-    back to its children one by one when something was done to one of them that a kernel would not
-    see; `plan` says what and why.
-
-    Shape: the children's.
-
-    Example:
-        >>> net = Sequential(nn.Linear(784, 512), nn.LayerNorm(512), nn.ReLU(), nn.Dropout(0.2))
-        >>> net(torch.randn(4, 784)).shape
-        torch.Size([4, 512])
-    """
-
-    # The children that the steps were made for, and the steps.
-    _planned: tuple[tuple[str, nn.Module], ...] | None = None
-    _steps: list[Chain | Single] | None = None
-
-    def forward(self, input: Any) -> Any:
-        for step in self._current_steps():
-            input = step(input)
-        return input
-
-    def _current_steps(self) -> list[Chain | Single]:
-        children = tuple(self._modules.items())
-        if self._steps is None or children != self._planned:
-            self.__dict__["_steps"] = make_steps(children)
-            self.__dict__["_planned"] = children
-        return self._steps  # type: ignore[return-value]
-
-    def plan(self) -> Plan:
-        """What runs fused and why the rest does not; print it.
-
-        Returns:
-            One `Entry` per step, with the calls counted so far. Without an input it can only say
-            what the children themselves allow; an input of another dtype, device or shape makes a
-            call fall back too, and the entry's reason then says so.
-        """
-        return Plan(make_entry(step) for step in self._current_steps())
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("_steps", None)
-        state.pop("_planned", None)
-        return state
+    def __getitem__(self, idx: Any) -> Any:
+        if isinstance(idx, slice):
+            return Sequential(OrderedDict([*self._modules.items()][idx]))  # type: ignore[arg-type]
+        return super().__getitem__(idx)
 
 
 def _make_activation(activation: str | None, parameters: dict[str, float]) -> nn.Module | None:
@@ -96,7 +58,7 @@ def _make_norm(
     return None
 
 
-class _Block(Sequential):
+class _Block(_Built):
     """A Sequential that is one chain, with a residual input."""
 
     def __init__(self, children: dict[str, nn.Module | None]) -> None:
@@ -106,17 +68,24 @@ class _Block(Sequential):
                 self.add_module(name, child)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The block; `residual`, of the output's shape, is added last."""
+        """The block; `residual`, of the output's shape, is added last.
+
+        Raises:
+            TypeError: residual is not a floating-point tensor.
+            ValueError: it has another shape or device than the output.
+        """
         if residual is None:
             return super().forward(input)
         steps = self._current_steps()
-        if len(steps) == 1 and isinstance(steps[0], Chain) and residual.device == input.device:
-            step = steps[0]
-            if not (step.static_reason() or step.input_reason(input)):
-                if not torch.compiler.is_compiling():
-                    step.fused_calls += 1
-                return step.run(input, residual)
-        return residual + super().forward(input)
+        step, operation = steps[0] if len(steps) == 1 else None, type(self).__name__
+        if isinstance(step, Chain) and type(residual) in PLAIN_TENSORS:
+            shape = step.output_shape(input)
+            if shape is not None:
+                check_residual(operation, residual, shape, input)
+                return step(input, residual)
+        y = super().forward(input)
+        check_residual(operation, residual, tuple(y.shape), y)
+        return residual + y
 
 
 class LinearNormAct(_Block):
@@ -209,7 +178,7 @@ class NormAct(_Block):
         )
 
 
-class MLP(nn.Sequential):
+class MLP(_Built):
     """Blocks of Linear, norm, activation and dropout, and a Linear at the end.
 
     Args:

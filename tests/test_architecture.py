@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from fused import reference
-from fused.plan import ReLUSquared, activation_of
+from fused.guard import ReLUSquared, activation_of
 from fused.spec import ACTIVATION_CODES, ACTIVATIONS, NORM_CODES
 
 ROOT = Path(__file__).parent.parent
-LONGEST = 460  # lines of a source file; around 150 is normal
+LONGEST = 300  # lines of a source file; around 150 is normal
+# What may be longer, and why.
+LONGER = {
+    "csrc/ops.cpp": (420, "all operators: allocation, instruction set, threads, registration"),
+}
 
 # Each module may import only those before it.
-ORDER = ["spec", "random", "reference", "ops", "backend", "autograd", "dispatch"]
-ORDER += ["functional", "plan", "nn", "convert"]
+ORDER = ["spec", "random", "reference", "ops", "backend", "autograd", "dispatch", "functional"]
+ORDER += ["guard", "stages", "chain", "plan", "sequential", "nn", "convert"]
+ORDER += ["selftest", "doctor", "__main__"]
+
+
+def relative_imports(tree: ast.AST) -> Iterator[str]:
+    """The modules of the package that a module imports, wherever in it: `.x`, `. import x`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1, "the package is flat"
+            for name in [node.module] if node.module else [a.name for a in node.names]:
+                yield name.partition(".")[0]
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names]
+            assert not any(str(n).split(".")[0] == "fused" for n in names), "import it relatively"
 
 
 def camel(name: str) -> str:
@@ -54,17 +73,14 @@ def test_cpp_codes_are_those_of_the_specification() -> None:
 
 
 def test_imports_go_one_way() -> None:
+    found = {path.stem for path in (ROOT / "fused").glob("*.py")} - {"__init__"}
+    assert found == set(ORDER)
     for position, name in enumerate(ORDER):
-        tree = ast.parse((ROOT / f"fused/{name}.py").read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                targets = [node.module] if node.module else [a.name for a in node.names]
-                for target in targets:
-                    first = str(target).split(".")[0]
-                    if first == "kernels":
-                        assert name in ("ops", "backend"), f"{name} imports the kernels"
-                    else:
-                        assert ORDER.index(first) < position, f"{name} imports {first}"
+        for target in relative_imports(ast.parse((ROOT / f"fused/{name}.py").read_text())):
+            if target == "kernels":
+                assert name in ("ops", "backend"), f"{name} imports the kernels"
+            else:
+                assert ORDER.index(target) < position, f"{name} imports {target}"
 
 
 def test_kernels_import_nothing_but_the_specification() -> None:
@@ -77,5 +93,9 @@ def test_kernels_import_nothing_but_the_specification() -> None:
 def test_files_can_be_read() -> None:
     for pattern in ("fused/*.py", "kernels/*.py", "csrc/**/*.h", "csrc/**/*.cpp", "bench/*.py"):
         for path in ROOT.glob(pattern):
+            name = str(path.relative_to(ROOT))
             lines = len(path.read_text().splitlines())
-            assert lines <= LONGEST, f"{path.relative_to(ROOT)} has {lines} lines"
+            longest, _ = LONGER.get(name, (LONGEST, ""))
+            assert lines <= longest, f"{name} has {lines} lines"
+    for name, (_, reason) in LONGER.items():
+        assert reason and len((ROOT / name).read_text().splitlines()) > LONGEST, f"{name} is short"

@@ -1,0 +1,229 @@
+"""A run of children that runs as one operation, where the guard lets it.
+
+The guard decides at every call, in full (stages.py) or, for an input like the last, in short.
+Anything may have been done to a child between two calls: hooks, a replaced forward, another class,
+a parametrised or pruned or quantised weight. A chain that the guard stops runs its children one by
+one, exactly as nn.Sequential would, and remembers why.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _hooks
+
+from . import backend, guard
+from .autograd import Codes
+from .dispatch import (
+    apply_linear_row,
+    apply_row,
+    autocast_dtype,
+    default_eps,
+    functorch_active,
+    is_tracing,
+    linear_chain,
+    make_codes,
+)
+from .dispatch import chain as run_chain
+from .guard import FORWARD_OF, PLAIN_TENSORS, activation_of
+from .random import draw_seed
+from .stages import Stages
+
+_autocast_enabled = torch._C._is_any_autocast_enabled
+_compiling = torch.compiler.is_dynamo_compiling
+_requested = backend.request.get
+_STRIDED = torch.strided
+_ABSENT = -1  # the address of a parameter that is None
+
+
+def _no_tensor() -> None:
+    return None
+
+
+@dataclass
+class Chain(Stages):
+    """A run of children that can be one operation.
+
+    `fused_calls` and `unfused_calls` count eager calls, not compiled ones; `reason` says why the
+    last call, when it was unfused, was.
+    """
+
+    # What the last input that passed the guard looked like, and what it met; one tuple, because
+    # other threads read it.
+    passed: tuple[Any, ...] | None = None
+    fused_calls: int = 0
+    unfused_calls: int = 0
+    reason: str = ""
+
+    def _remember(self, x: Tensor) -> None:
+        """Notes an input that passed, so that its like needs only the short guard.
+
+        Parameters are held weakly: those of a functional call must not outlive it.
+        """
+        norm, dropout = self.norm, self.dropout
+        if norm is not None and len(norm.normalized_shape) > 1:
+            return
+        watched = []
+        for child, kind in zip(self.children, self.types, strict=True):
+            parameters = [
+                (name, _no_tensor, _ABSENT) if t is None else (name, weakref.ref(t), t.data_ptr())
+                for name, t in child._parameters.items()
+            ]
+            watched.append((child, kind, FORWARD_OF[kind], parameters))
+        values = None if self.attributes is None else self.attributes(self.activation)
+        eps = None if norm is None else norm.eps
+        p = dropout.p if dropout is not None and dropout.training else 0.0
+        scalars = (eps, p, self._codes(x.dtype))
+        self.passed = x.dtype, x.device, x.shape[-1], _requested(), watched, values, scalars
+
+    def _passes_again(self, x: Any, passed: tuple[Any, ...]) -> Codes | None:
+        """The operators' scalars, if the children are untouched and input and parameters look as
+        they did; else None. The caller has compared the children's classes.
+
+        A parameter that is the same object with the same memory has kept its dtype, device and
+        shape; nn.Module.to changes the memory of the same object.
+        """
+        dtype, device, features, asked, watched, values, (eps, p, codes) = passed
+        if (
+            type(x) not in PLAIN_TENSORS
+            or x.dtype is not dtype
+            or x.device != device
+            or x.is_nested
+            or x.layout is not _STRIDED
+            or _requested() is not asked
+            or _hooks._global_forward_hooks
+            or _hooks._global_forward_pre_hooks
+            or _hooks._global_backward_hooks
+            or _hooks._global_backward_pre_hooks
+            or _autocast_enabled()
+        ):
+            return None
+        shape = x.shape
+        if not shape or shape[-1] != features:
+            return None
+        for child, kind, forward, parameters in watched:
+            own = child.__dict__
+            if (
+                kind.forward is not forward
+                or own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+            ):
+                return None
+            if parameters:
+                held = own["_parameters"]
+                for name, reference, address in parameters:
+                    t = held.get(name, self)
+                    if t is not reference() or (_ABSENT if t is None else t.data_ptr()) != address:
+                        return None
+        if values is not None and self.attributes(self.activation) != values:  # type: ignore[misc]
+            return None
+        norm, dropout = self.norm, self.dropout
+        if norm is None:
+            if self.linear is None and not x.is_contiguous():
+                return None
+        elif norm.eps != eps:
+            return self._codes(dtype)
+        now = dropout.p if dropout is not None and dropout.training else 0.0
+        return codes if now == p else self._codes(dtype)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if _compiling() or functorch_active() or forward_ad._current_level >= 0:
+            if self.static_reason() or self.input_reason(x):
+                return self._one_by_one(x, residual)
+            return self.run(x, residual)
+        if is_tracing():
+            return self._one_by_one(x, residual)
+        passed = self.passed
+        if passed is not None:
+            codes = self._passes_again(x, passed)
+            if codes is not None:
+                self.fused_calls += 1
+                if residual is None and x.dim() == 2:
+                    return self._run_rows(x, codes)
+                return self.run(x, residual, codes)
+        stopped = self.static_reason() or self.input_reason(x)
+        self.reason = stopped or self.backend_reason()
+        if self.reason:
+            self.passed = None
+            self.unfused_calls += 1
+            return self._one_by_one(x, residual) if stopped else self.run(x, residual)
+        self.fused_calls += 1
+        self._remember(x)
+        return self.run(x, residual)
+
+    def _one_by_one(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        for child in self.children:
+            x = child(x)
+        return x if residual is None else residual + x
+
+    def _codes(self, dtype: torch.dtype) -> Codes:
+        """The operators' scalars as the children are now; dtype is that of the norm's input."""
+        norm, dropout, eps = self.norm, self.dropout, 0.0
+        if norm is not None:
+            eps = norm.eps if norm.eps is not None else default_eps(self.norm_name, None, dtype)
+        p = dropout.p if dropout is not None and dropout.training else 0.0
+        # The compiler warns of caches.
+        make = make_codes.__wrapped__ if _compiling() else make_codes
+        if self.activation is None:
+            return make(self.norm_name, eps, None, p)
+        activation, parameters = activation_of(self.activation)
+        return make(self.norm_name, eps, activation, p, parameters)
+
+    def _norm_parameters(self) -> tuple[Tensor | None, Tensor | None]:
+        if self.norm is None:
+            return None, None
+        parameters = self.norm._parameters
+        return parameters["weight"], parameters.get("bias")
+
+    def _run_rows(self, x: Tensor, codes: Codes) -> Tensor:
+        """`run` on (rows, features), where the short guard has passed."""
+        # Activation and dropout that does not drop: one torch operator, which nothing can shorten.
+        if self.alone is not None and not codes[5]:
+            return self.alone(x)
+        seed = draw_seed(x.device) if codes[5] else None
+        norm_weight, norm_bias = self._norm_parameters()
+        if self.linear is None:
+            return apply_row(x, None, norm_weight, norm_bias, None, seed, codes)
+        parameters = self.linear._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None
+        return apply_linear_row(x, weight, bias, norm_weight, norm_bias, None, seed, codes)
+
+    def run(self, x: Tensor, residual: Tensor | None = None, codes: Codes | None = None) -> Tensor:
+        """The chain as one operation, on an input that the guard has passed."""
+        norm_weight, norm_bias = self._norm_parameters()
+        dims = 1 if self.norm is None else len(self.norm.normalized_shape)
+        if self.linear is None:
+            codes = codes or self._codes(x.dtype)
+            if self.alone is not None:
+                return self._run_alone(x, residual, codes)
+            return run_chain(x, dims, norm_weight, norm_bias, residual, None, codes)
+        codes = codes or self._codes(autocast_dtype(x.device.type) or x.dtype)
+        parameters = self.linear._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None
+        if dims > 1:
+            z = nn.functional.linear(x, weight, bias)
+            return run_chain(z, dims, norm_weight, norm_bias, residual, None, codes)
+        return linear_chain(x, weight, bias, norm_weight, norm_bias, residual, None, codes)
+
+    def _run_alone(self, x: Tensor, residual: Tensor | None, codes: Codes) -> Tensor:
+        """Activation and dropout: in memory order, and laid out as the input is."""
+        assert self.alone is not None
+        if not codes[5] and residual is None:
+            return self.alone(x)
+        if x.is_contiguous():
+            return run_chain(x, 1, None, None, residual, None, codes)
+        order = guard.memory_order(x)
+        assert order is not None
+        residual = None if residual is None else residual.permute(order)
+        y = run_chain(x.permute(order), 1, None, None, residual, None, codes)
+        return y.permute([order.index(d) for d in range(x.dim())])

@@ -1,0 +1,204 @@
+"""Which modules a chain is made of, and what may have been done to one that a kernel would not see.
+
+Every `..._reason` function returns a sentence, or the empty string when nothing is in the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from .spec import ACTIVATIONS, is_nan
+
+LINEAR, NORM, ACTIVATION, DROPOUT = range(4)
+PLAIN_TENSORS = (nn.Parameter, Tensor)
+_NO_PARAMETERS: tuple[tuple[str, float], ...] = ()
+_GELU_NAMES = {"none": "gelu", "tanh": "gelu_tanh"}
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class ReLUSquared(nn.Module):
+    """relu(x)² (So et al., "Primer", 2021), as a module; torch has none.
+
+    Shape: any to the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x).square()
+
+
+# The torch module of each activation → its name; GELU decides by its `approximate`.
+_ACTIVATION_OF: dict[type, str] = {
+    **{a.module: name for name, a in ACTIVATIONS.items() if a.module is not None},
+    ReLUSquared: "relu_squared",
+}
+KIND_OF: dict[type, int] = {
+    nn.Linear: LINEAR,
+    nn.LayerNorm: NORM,
+    nn.RMSNorm: NORM,
+    nn.Dropout: DROPOUT,
+} | dict.fromkeys(_ACTIVATION_OF, ACTIVATION)
+NORM_OF: dict[type, str] = {nn.LayerNorm: "layer", nn.RMSNorm: "rms"}
+# Each class's own forward; None where it was replaced before this module was imported.
+FORWARD_OF: dict[type, Any] = {
+    kind: kind.forward if kind.forward.__module__ == kind.__module__ else None for kind in KIND_OF
+}
+
+
+def activation_of(child: nn.Module) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """The name and parameters of an activation module that `activation_reason` has passed."""
+    kind = type(child)
+    name = _GELU_NAMES[child.approximate] if kind is nn.GELU else _ACTIVATION_OF[kind]
+    known = ACTIVATIONS[name].parameters
+    if not known:
+        return name, _NO_PARAMETERS
+    return name, tuple((key, float(getattr(child, key))) for key, _ in known)
+
+
+def activation_attributes(child: nn.Module, first: bool) -> Callable[[Any], Any] | None:
+    """What reads the attributes on which `activation_reason` and `activation_of` depend."""
+    kind = type(child)
+    names = [key for key, _ in ACTIVATIONS[_ACTIVATION_OF[kind]].parameters]
+    if kind is nn.GELU:
+        names.append("approximate")
+    if kind is nn.ReLU6:
+        names += ["min_val", "max_val"]
+    if first and hasattr(child, "inplace"):
+        names.append("inplace")
+    return attrgetter(*names) if names else None
+
+
+def activation_reason(child: nn.Module, first: bool) -> str:
+    """Why the activation is not the one of its class; `first`: it reads the chain's own input."""
+    kind: Any = type(child)
+    given: Any = child
+    if first and getattr(child, "inplace", False):
+        return "it works in place on the chain's input"
+    if kind is nn.GELU and given.approximate not in _GELU_NAMES:
+        return f"its approximate is {given.approximate!r}"
+    if kind is nn.ReLU6 and (given.min_val, given.max_val) != (0, 6):
+        return f"it clamps to ({given.min_val}, {given.max_val})"
+    for key, _ in ACTIVATIONS[_ACTIVATION_OF[kind]].parameters:
+        value = getattr(child, key)
+        if not isinstance(value, (int, float)) or is_nan(value):
+            return f"its {key} is {value!r}"
+    return ""
+
+
+def module_reason(child: nn.Module, expected: type) -> str:
+    """Why this child must run by itself."""
+    own = child.__dict__
+    if type(child) is not expected:
+        return f"its class is now {type(child).__name__}"
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return "it has forward hooks"
+    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return "it has backward hooks"
+    if "forward" in own:
+        return "its forward was replaced"
+    if expected.forward is not FORWARD_OF[expected]:  # type: ignore[attr-defined]
+        return f"the forward of {expected.__name__} was replaced"
+    return ""
+
+
+def global_hooks() -> bool:
+    """Whether hooks that apply to every module are set."""
+    return bool(
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
+
+
+def parameter_reason(
+    child: nn.Module, name: str, device: torch.device, optional: bool = True
+) -> str:
+    """Why a parameter of the child cannot be read by a kernel on this device."""
+    parameters = child.__dict__["_parameters"]
+    if name not in parameters:
+        return f"its {name} is not a plain parameter"
+    t = parameters[name]
+    if t is None:
+        return "" if optional else f"it has no {name}"
+    if type(t) not in PLAIN_TENSORS:
+        return f"its {name} is a {type(t).__name__}"
+    if t.layout is not torch.strided:
+        return f"its {name} is {_short(t.layout)}"
+    if t.device != device:
+        return f"its {name} is on {t.device}, the input on {device}"
+    if t.dim() == 1 and not t.is_contiguous():
+        return f"its {name} is not contiguous"
+    return ""
+
+
+def linear_dtype(
+    linear: nn.Linear, dtype: torch.dtype, cast: torch.dtype | None
+) -> tuple[torch.dtype, str]:
+    """The dtype of the Linear's output for an input of `dtype`, or why eager raises.
+
+    `cast` is what autocast casts to, None where it is off; it never casts float64.
+    """
+    weight, bias = linear.weight, linear.bias
+    given = {dtype, weight.dtype} | (set() if bias is None else {bias.dtype})
+    if cast is not None:
+        given = {d if d == torch.float64 else cast for d in given}
+    if len(given) == 1:
+        return given.pop(), ""
+    own = weight.dtype if bias is None or bias.dtype == weight.dtype else "mixed dtypes"
+    return dtype, f"Linear has {_short(own)}, its input {_short(dtype)}"
+
+
+def norm_reason(norm: nn.LayerNorm | nn.RMSNorm, device: torch.device, dtype: torch.dtype) -> str:
+    """Why the norm's parameters cannot be read with an input of this device and dtype."""
+    dtypes = set()
+    for name, t in norm._parameters.items():
+        reason = parameter_reason(norm, name, device)
+        if reason:
+            return reason
+        if t is not None:
+            dtypes.add(t.dtype)
+            if tuple(t.shape) != norm.normalized_shape:
+                return f"its {name} is {tuple(t.shape)}, it normalises {norm.normalized_shape}"
+    # On CPUs torch takes float32 parameters, all of them, with a 16-bit input.
+    if dtypes <= {dtype} or (device.type == "cpu" and dtype in _HALF and dtypes == {torch.float32}):
+        return ""
+    own = " and ".join(sorted(_short(d) for d in dtypes))
+    return f"it has {own}, its input {_short(dtype)}"
+
+
+def tensor_reason(x: Any) -> str:
+    """Why the input, whatever its shape, cannot be read by a kernel."""
+    if type(x) not in PLAIN_TENSORS:
+        return f"the input is a {type(x).__name__}"
+    if x.is_nested:
+        return "the input is a nested tensor"
+    if x.layout is not torch.strided:
+        return f"the input is {_short(x.layout)}"
+    if not x.is_floating_point():
+        return f"the input is {_short(x.dtype)}"
+    if x.dim() < 1:
+        return "the input has no dimension"
+    return ""
+
+
+def memory_order(x: Tensor) -> tuple[int, ...] | None:
+    """The order of x's dimensions in memory, in which torch's pointwise operators lay their output.
+
+    None where that is not plain: gaps or overlaps, with dimensions out of order.
+    """
+    strides = x.stride()
+    order = tuple(sorted(range(x.dim()), key=lambda d: -strides[d]))
+    in_order = order == tuple(range(x.dim()))
+    if x.permute(order).is_contiguous() or (in_order and 0 not in strides):
+        return order
+    return None
+
+
+def _short(name: object) -> str:
+    return str(name).removeprefix("torch.")
