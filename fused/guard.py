@@ -6,6 +6,7 @@ Every `..._reason` function returns a sentence, or the empty string when nothing
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from operator import attrgetter
 from typing import Any
 
@@ -85,7 +86,7 @@ def activation_reason(child: nn.Module, first: bool) -> str:
         return f"it clamps to ({given.min_val}, {given.max_val})"
     for key, _ in ACTIVATIONS[_ACTIVATION_OF[kind]].parameters:
         value = getattr(child, key)
-        if not isinstance(value, (int, float)) or is_nan(value):
+        if not isinstance(value, Real) or is_nan(value):
             return f"its {key} is {value!r}"
     return ""
 

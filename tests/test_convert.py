@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
@@ -54,10 +58,41 @@ def test_everything_survives() -> None:
     assert seen == ["stem", "stem"]
     text = str(report)
     assert "linear → layer → gelu → dropout: fused; 2 calls fused, 0 not" in text
+    assert text.endswith("calls of a compiled model are not counted")
     assert str(fused.fuse_(model)) == text  # idempotent
     fused.unfuse_(model)
     assert all(type(m) is not fused.Sequential for m in model.modules())
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, lambda p: torch.optim.SGD(p, 1e-3, 0.9)])
+def test_training_goes_on_as_that_of_the_plain_model(make: Any) -> None:
+    """Fused after three steps, with the optimizer that it had; and plain again after six."""
+    model = Model().double()
+    plain = copy.deepcopy(model)
+    optimizers = make(model.parameters()), make(plain.parameters())
+    for step in range(9):
+        if step == 3:
+            fused.fuse_(model)
+        if step == 6:
+            fused.unfuse_(model)
+        x = torch.randn(4, 8, dtype=torch.float64)
+        for net, optimizer in zip((model, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_module_that_was_compiled_before() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model.compile(backend="eager")
+    x = torch.randn(2, 4)
+    expected = model(x)
+    report = fused.fuse_(model)
+    torch.testing.assert_close(model(x), expected)
+    assert "calls" not in str(report)  # compiled calls are not counted
 
 
 def test_dry_run_changes_nothing() -> None:

@@ -270,3 +270,8 @@ def test_unknown_backend_lists_the_known_ones() -> None:
     assert done.stderr.strip().splitlines()[-1] == (
         "ValueError: unknown backend 'fast'; known: auto, triton, cuda, cpp, reference"
     )
+
+
+def test_an_empty_request_is_none() -> None:
+    done = run_python("from fused import backend; print(backend.requested())", FUSED_BACKEND="")
+    assert (done.returncode, done.stdout.strip()) == (0, "auto"), done.stderr

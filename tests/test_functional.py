@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import fused
 from fused import backend, functional
+from fused.dispatch import float32_under_autocast
+from fused.spec import ACTIVATIONS
 
 
 def eager(x, weight, bias, norm_weight, norm_bias, residual):  # type: ignore[no-untyped-def]
@@ -178,6 +182,53 @@ WRONG = [
 def test_wrong_input_gets_one_clear_error(call: object, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=re.escape(text)):
         call()  # type: ignore[operator]
+
+
+def test_numbers_of_numpy() -> None:
+    z, half = torch.ones(4, 64), np.float32(0.5)
+    y = functional.norm_act(z, activation="elu", alpha=half, eps=np.float64(1e-5), p=half, seed=5)
+    assert torch.equal(y, functional.norm_act(z, activation="elu", alpha=0.5, p=0.5, seed=5))
+    net = fused.Sequential(nn.ELU(half), nn.Dropout(half))
+    assert net.plan()[0].fused and net(z).shape == z.shape
+
+
+def test_what_cuda_autocast_widens() -> None:
+    """By torch's list, ATen/autocast_mode.h; the next test asks torch itself."""
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        widened = {
+            name
+            for name, a in ACTIVATIONS.items()
+            if float32_under_autocast("cuda", torch.bfloat16, False, a.code)
+        }
+        assert widened == {"softplus", "relu_squared"}
+        assert float32_under_autocast("cuda", torch.float16, True)
+        assert not float32_under_autocast("cuda", torch.float64, True)
+        assert not float32_under_autocast("cpu", torch.bfloat16, True)
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_cuda_autocast_gives_eagers_dtypes(name: str) -> None:
+    activation = fused.NormAct(8, activation=name)[0].cuda()
+    linear = nn.Linear(8, 8, device="cuda")
+    for modules in ([linear, activation], [activation, nn.Dropout(0.5)]):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(4, 8, device="cuda", dtype=dtype)
+            with torch.autocast("cuda", torch.bfloat16):
+                assert fused.Sequential(*modules)(x).dtype == nn.Sequential(*modules)(x).dtype
+
+
+def test_autocast_never_casts_float64() -> None:
+    x, weight = torch.randn(4, 8).double(), torch.randn(6, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert functional.linear_norm_act(x, weight.double(), norm="rms").dtype == torch.float64
+        with pytest.raises(TypeError, match="weight must have the dtype of x"):
+            functional.linear_norm_act(x, weight)
 
 
 def test_autocast() -> None:
