@@ -86,7 +86,7 @@ def _checked_seed(operation: str, seed: int | Tensor | None, device: torch.devic
 def _checked_probability(operation: str, p: Any) -> float:
     if not isinstance(p, Real):
         raise TypeError(f"{operation}: p must be a number, got {type(p).__name__}")
-    if not 0.0 <= p <= 1.0:
+    if not 0.0 <= float(p) <= 1.0:
         raise ValueError(f"{operation}: dropout probability has to be between 0 and 1, but got {p}")
     return float(p)
 

@@ -45,16 +45,21 @@ KIND_OF: dict[type, int] = {
     nn.Dropout: DROPOUT,
 } | dict.fromkeys(_ACTIVATION_OF, ACTIVATION)
 NORM_OF: dict[type, str] = {nn.LayerNorm: "layer", nn.RMSNorm: "rms"}
+
+
+def _own_forward(kind: Any) -> Any:
+    return kind.forward if kind.forward.__module__ == kind.__module__ else None
+
+
 # Each class's own forward; None where it was replaced before this module was imported.
-FORWARD_OF: dict[type, Any] = {
-    kind: kind.forward if kind.forward.__module__ == kind.__module__ else None for kind in KIND_OF
-}
+FORWARD_OF: dict[type, Any] = {kind: _own_forward(kind) for kind in KIND_OF}
 
 
 def activation_of(child: nn.Module) -> tuple[str, tuple[tuple[str, float], ...]]:
     """The name and parameters of an activation module that `activation_reason` has passed."""
+    given: Any = child
     kind = type(child)
-    name = _GELU_NAMES[child.approximate] if kind is nn.GELU else _ACTIVATION_OF[kind]
+    name = _GELU_NAMES[given.approximate] if kind is nn.GELU else _ACTIVATION_OF[kind]
     known = ACTIVATIONS[name].parameters
     if not known:
         return name, _NO_PARAMETERS
@@ -91,7 +96,7 @@ def activation_reason(child: nn.Module, first: bool) -> str:
     return ""
 
 
-def module_reason(child: nn.Module, expected: type) -> str:
+def module_reason(child: nn.Module, expected: Any) -> str:
     """Why this child must run by itself."""
     own = child.__dict__
     if type(child) is not expected:
@@ -102,7 +107,7 @@ def module_reason(child: nn.Module, expected: type) -> str:
         return "it has backward hooks"
     if "forward" in own:
         return "its forward was replaced"
-    if expected.forward is not FORWARD_OF[expected]:  # type: ignore[attr-defined]
+    if expected.forward is not FORWARD_OF[expected]:
         return f"the forward of {expected.__name__} was replaced"
     return ""
 

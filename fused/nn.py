@@ -22,7 +22,7 @@ class _Built(Sequential):
 
     def __getitem__(self, idx: Any) -> Any:
         if isinstance(idx, slice):
-            return Sequential(OrderedDict([*self._modules.items()][idx]))  # type: ignore[arg-type]
+            return Sequential(OrderedDict([*self._modules.items()][idx]))
         return super().__getitem__(idx)
 
 

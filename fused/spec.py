@@ -97,7 +97,7 @@ class Epilogue:
         )
 
 
-def is_nan(value: float) -> bool:
+def is_nan(value: Real | float) -> bool:
     """math.isnan, which does not take the compiler's symbols."""
     return value != value  # noqa: PLR0124
 
