@@ -65,8 +65,7 @@ class Chain(Stages):
 
         Parameters are held weakly: those of a functional call must not outlive it.
         """
-        norm, dropout = self.norm, self.dropout
-        if norm is not None and len(norm.normalized_shape) > 1:
+        if self.norm is not None and len(self.norm.normalized_shape) > 1:
             return
         watched = []
         for child, kind in zip(self.children, self.types, strict=True):
@@ -76,9 +75,7 @@ class Chain(Stages):
             ]
             watched.append((child, kind, FORWARD_OF[kind], parameters))
         values = None if self.attributes is None else self.attributes(self.activation)
-        eps = None if norm is None else norm.eps
-        p = dropout.p if dropout is not None and dropout.training else 0.0
-        scalars = (eps, p, self._codes(x.dtype))
+        scalars = self._scalars(x.dtype)
         self.passed = x.dtype, x.device, x.shape[-1], _requested(), watched, values, scalars
 
     def _passes_again(self, x: Any, passed: tuple[Any, ...]) -> Codes | None:
@@ -130,9 +127,16 @@ class Chain(Stages):
             if self.linear is None and not x.is_contiguous():
                 return None
         elif norm.eps != eps:
-            return self._codes(dtype)
+            return self._other_codes(passed)
         now = dropout.p if dropout is not None and dropout.training else 0.0
-        return codes if now == p else self._codes(dtype)
+        return codes if now == p else self._other_codes(passed)
+
+    def _other_codes(self, passed: tuple[Any, ...]) -> Codes:
+        """The scalars, where eps or p is not what was remembered; and remembers them."""
+        *rest, _ = passed
+        scalars = self._scalars(passed[0])
+        self.passed = (*rest, scalars)
+        return scalars[2]
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if _compiling() or functorch_active() or forward_ad._current_level >= 0:
@@ -164,18 +168,23 @@ class Chain(Stages):
             x = child(x)
         return x if residual is None else residual + x
 
-    def _codes(self, dtype: torch.dtype) -> Codes:
-        """The operators' scalars as the children are now; dtype is that of the norm's input."""
-        norm, dropout, eps = self.norm, self.dropout, 0.0
-        if norm is not None:
-            eps = norm.eps if norm.eps is not None else default_eps(self.norm_name, None, dtype)
+    def _scalars(self, dtype: torch.dtype) -> tuple[float | None, float, Codes]:
+        """eps and p as the children have them now, and the operators' scalars made of them; dtype
+        is that of the norm's input.
+        """
+        norm, dropout = self.norm, self.dropout
+        eps = None if norm is None else norm.eps
         p = dropout.p if dropout is not None and dropout.training else 0.0
+        given = 0.0 if norm is None else default_eps(self.norm_name, eps, dtype)
         # The compiler warns of caches.
         make = make_codes.__wrapped__ if _compiling() else make_codes
         if self.activation is None:
-            return make(self.norm_name, eps, None, p)
+            return eps, p, make(self.norm_name, given, None, p)
         activation, parameters = activation_of(self.activation)
-        return make(self.norm_name, eps, activation, p, parameters)
+        return eps, p, make(self.norm_name, given, activation, p, parameters)
+
+    def _codes(self, dtype: torch.dtype) -> Codes:
+        return self._scalars(dtype)[2]
 
     def _norm_parameters(self) -> tuple[Tensor | None, Tensor | None]:
         if self.norm is None:

@@ -381,3 +381,19 @@ def test_a_reason_is_forgotten_when_the_chain_fuses_again() -> None:
         with pytest.raises(RuntimeError):
             net(torch.randn(3, 16).double())
         assert net.plan()[0].reason == "LayerNorm: it has float32, its input float64"
+
+
+def test_modes_that_alternate() -> None:
+    net = fused.Sequential(nn.LayerNorm(64), nn.ReLU(), nn.Dropout(0.5))
+    x = torch.randn(4, 64)
+    whole = nn.functional.relu(nn.functional.layer_norm(x, (64,)))
+    for _ in range(3):
+        dropped = net.train()(x)
+        assert not torch.equal(dropped, whole)
+        torch.testing.assert_close(dropped[dropped != 0], 2 * whole[dropped != 0])
+        for _ in range(2):
+            torch.testing.assert_close(net.eval()(x), whole)
+    net[0].eps = 9.0
+    torch.testing.assert_close(
+        net(x), nn.functional.relu(nn.functional.layer_norm(x, (64,), eps=9.0))
+    )
