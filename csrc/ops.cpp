@@ -61,10 +61,13 @@ const RowKernels*& active_kernels() {
   return kernels;
 }
 
+// Whether an output shall bypass the caches: one of half their size cannot stay there along with
+// its input. 8192 × 1024 float32 LayerNorm + ReLU: 2.0 against 1.6 ms forward (AMD EPYC 9004, 2
+// threads).
 bool worth_streaming(const Tensor& out) {
   const size_t row = static_cast<size_t>(out.size(1)) * out.element_size();
   return row % 64 == 0 && reinterpret_cast<uintptr_t>(out.data_ptr()) % 64 == 0 &&
-         row * static_cast<size_t>(out.size(0)) > last_level_cache();
+         row * static_cast<size_t>(out.size(0)) >= last_level_cache() / 2;
 }
 
 // ---- arguments ----

@@ -200,7 +200,7 @@ class Chain(Stages):
         seed = draw_seed(x.device) if codes[5] else None
         norm_weight, norm_bias = self._norm_parameters()
         if self.linear is None:
-            return apply_row(x, None, norm_weight, norm_bias, None, seed, codes)
+            return apply_row(x, norm_weight, norm_bias, None, seed, codes)
         parameters = self.linear._parameters
         weight, bias = parameters["weight"], parameters["bias"]
         assert weight is not None

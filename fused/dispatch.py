@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, reference
+from . import ops, reference, small
 from .autograd import Codes, RowFunction, contiguous_rows, epilogue_of
 from .backend import choose
 from .random import draw_seed
@@ -22,6 +22,7 @@ from .spec import ACTIVATION_CODES, make_epilogue
 
 functorch_active = torch._C._are_functorch_transforms_active
 is_tracing = torch._C._is_tracing
+is_compiling = torch.compiler.is_dynamo_compiling
 _forward_ad = torch.autograd.forward_ad
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 # What CUDA autocast computes, and returns, in float32 besides norms (ATen/autocast_mode.h):
@@ -58,7 +59,7 @@ def _composite(x: Tensor) -> bool:
     """Whether the chain runs as plain torch operators rather than as one operator."""
     if transformed():
         return True
-    if (torch.compiler.is_compiling() or is_tracing()) and torch.onnx.is_in_onnx_export():
+    if (is_compiling() or is_tracing()) and torch.onnx.is_in_onnx_export():
         return True
     return choose("cpu" if x.is_cpu else x.device.type, x.dtype) == "reference"
 
@@ -72,7 +73,6 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 
 def run_row(
     z: Tensor,
-    bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     residual: Tensor | None,
@@ -84,29 +84,30 @@ def run_row(
         seed = draw_seed(z.device)
     if _composite(z):
         return reference.row(z, epilogue_of(codes), None, norm_weight, norm_bias, residual, seed)
-    return apply_row(z, None, norm_weight, norm_bias, residual, seed, codes)
+    return apply_row(z, norm_weight, norm_bias, residual, seed, codes)
 
 
 def apply_row(
     z: Tensor,
-    bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     residual: Tensor | None,
     seed: Tensor | None,
     codes: Codes,
 ) -> Tensor:
-    """`run_row` by the operator, where that is known to serve; needs the seed.
-
-    z contains the linear bias already; `bias` is passed where its gradient is to be made here.
-    """
+    """`run_row` by the operator, where that is known to serve; needs the seed."""
+    if _needs_gradient(z, norm_weight, norm_bias, residual):
+        if small.is_small(z.numel(), z, codes) and not is_compiling():
+            return small.row(z, norm_weight, norm_bias, residual, codes)
+        z = contiguous_rows(z)
+        if residual is not None:
+            residual = contiguous_rows(residual)
+            if residual is z:  # the compiler takes no tensor twice
+                residual = residual.view_as(residual)
+        return RowFunction.apply(z, None, norm_weight, norm_bias, residual, seed, codes)
     z = contiguous_rows(z)
     if residual is not None:
         residual = contiguous_rows(residual)
-        if residual is z:  # the compiler takes no tensor twice
-            residual = residual.view_as(residual)
-    if _needs_gradient(z, norm_weight, norm_bias, bias, residual):
-        return RowFunction.apply(z, bias, norm_weight, norm_bias, residual, seed, codes)
     return ops.row_forward(z, None, norm_weight, norm_bias, residual, seed, *codes)[0]
 
 
@@ -140,7 +141,11 @@ def apply_linear_row(
     codes: Codes,
 ) -> Tensor:
     """`run_linear_row` by the operator, where that is known to serve; needs the seed."""
+    elements = x.shape[0] * weight.shape[0]
     if _needs_gradient(weight, x, bias, norm_weight, norm_bias, residual):
+        if small.is_small(elements, x, codes) and not is_compiling():
+            z = F.linear(x, weight, bias)
+            return small.row(z, norm_weight, norm_bias, residual, codes)
         if bias is not None and bias.requires_grad:
             # The gradient of the bias comes with those of the norm, without another pass over dz.
             z = F.linear(x, weight, bias.detach())
@@ -150,10 +155,14 @@ def apply_linear_row(
             residual = contiguous_rows(residual)
         return RowFunction.apply(z, bias, norm_weight, norm_bias, residual, seed, codes)
     z = F.linear(x, weight, bias)
+    if is_compiling():
+        if residual is not None:
+            residual = contiguous_rows(residual)
+        return ops.row_forward(z, None, norm_weight, norm_bias, residual, seed, *codes)[0]
+    if small.is_small_inference(elements, z, codes):
+        return small.row(z, norm_weight, norm_bias, residual, codes)
     if residual is not None:
         residual = contiguous_rows(residual)
-    if torch.compiler.is_compiling():
-        return ops.row_forward(z, None, norm_weight, norm_bias, residual, seed, *codes)[0]
     ops.row_forward_(z, None, norm_weight, norm_bias, residual, seed, *codes)
     return z
 
@@ -228,7 +237,7 @@ def chain(
         return residual + chain(z, normalized_dims, norm_weight, norm_bias, None, seed, codes)
     shape = z.shape
     if len(shape) == 2 and normalized_dims == 1:
-        return run_row(z, None, norm_weight, norm_bias, residual, seed, codes)
+        return run_row(z, norm_weight, norm_bias, residual, seed, codes)
     cols = math.prod(shape[len(shape) - normalized_dims :])
     rows = math.prod(shape[: len(shape) - normalized_dims])
     if residual is not None:
@@ -237,4 +246,4 @@ def chain(
         norm_weight = None if norm_weight is None else norm_weight.reshape(cols)
         norm_bias = None if norm_bias is None else norm_bias.reshape(cols)
     z = z.reshape(rows, cols)
-    return run_row(z, None, norm_weight, norm_bias, residual, seed, codes).view(shape)
+    return run_row(z, norm_weight, norm_bias, residual, seed, codes).view(shape)

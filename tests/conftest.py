@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fused import backend
+from fused import backend, small
 
 ISAS = ("avx512", "avx2", "portable")
 
@@ -15,6 +15,12 @@ ISAS = ("avx512", "avx2", "portable")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_at_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests use small tensors and mean the kernels; test_small.py means small.py."""
+    monkeypatch.setattr(small, "LIMITS", [0] * len(small.LIMITS))
 
 
 @pytest.fixture(params=ISAS)

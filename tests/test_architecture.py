@@ -22,8 +22,18 @@ LONGER = {
 }
 
 # Each module may import only those before it.
-ORDER = ["spec", "random", "reference", "ops", "backend", "autograd", "dispatch", "functional"]
-ORDER += ["guard", "stages", "chain", "plan", "sequential", "nn", "convert"]
+ORDER = ["spec", "random", "reference", "ops", "backend", "autograd", "small"]
+ORDER += [
+    "dispatch",
+    "functional",
+    "guard",
+    "stages",
+    "chain",
+    "plan",
+    "sequential",
+    "nn",
+    "convert",
+]
 ORDER += ["selftest", "doctor", "__main__"]
 
 

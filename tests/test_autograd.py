@@ -43,7 +43,7 @@ def test_gradgradcheck_without_linear_and_with_a_shared_tensor() -> None:
     seed = torch.tensor([3])
 
     def run(z, scale):  # type: ignore[no-untyped-def]
-        return run_row(z, None, scale, scale, z, seed, codes)
+        return run_row(z, scale, scale, z, seed, codes)
 
     assert gradcheck(run, (z, scale)) and gradgradcheck(run, (z, scale))
 

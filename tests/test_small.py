@@ -1,0 +1,72 @@
+"""Inputs so small that torch's own operators serve them: the same numbers and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import EVERY_ACTIVATION
+from torch import nn
+
+import fused
+from fused import ops, small
+from fused.spec import ACTIVATION_CODES
+
+pytestmark = pytest.mark.usefixtures("cpp")
+LIMITS = list(small.LIMITS)  # before the fixture of every test takes them away
+
+
+@pytest.fixture
+def small_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small, "LIMITS", LIMITS)
+
+
+def results(block: fused.LinearNormAct, x: torch.Tensor, residual: torch.Tensor) -> list:
+    torch.manual_seed(5)
+    inputs = [x.clone().requires_grad_(), residual.clone().requires_grad_(), *block.parameters()]
+    y = block(*inputs[:2])
+    return [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
+
+@pytest.mark.parametrize("norm", [None, "layer", "rms"])
+@pytest.mark.parametrize("activation", EVERY_ACTIVATION)
+def test_gives_what_the_kernels_give(
+    activation: str | None, norm: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = fused.LinearNormAct(8, 16, norm=norm, activation=activation)
+    x, residual = torch.randn(4, 8), torch.randn(4, 16)
+    kernel = results(block, x, residual)
+    monkeypatch.setattr(small, "LIMITS", LIMITS)
+    for ours, expected in zip(results(block, x, residual), kernel, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.usefixtures("small_path")
+def test_is_taken_for_small_inputs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def count(*args: object) -> object:
+        calls.append(args)
+        return right(*args)
+
+    right = ops.row_forward
+    monkeypatch.setattr(ops, "row_forward", count)
+    chain = fused.Sequential(nn.LayerNorm(64), nn.ReLU())
+    x = torch.randn(8, 64)
+    chain(x)
+    assert not calls
+    with fused.use_backend("cpp"):
+        chain(x)
+    assert len(calls) == 1  # who asks for a backend gets it
+    chain(torch.randn(LIMITS[ACTIVATION_CODES["relu"]] // 64 + 1, 64))
+    assert len(calls) == 2
+    with torch.no_grad():
+        chain(x)
+    assert len(calls) == 3  # without a gradient, one operator is the cheaper
+
+
+@pytest.mark.usefixtures("small_path")
+def test_inference_without_norm() -> None:
+    chain = fused.Sequential(nn.Linear(8, 16), nn.ReLU()).eval()
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        assert torch.equal(chain(x), nn.Sequential(*chain)(x))
