@@ -390,6 +390,10 @@ extern "C" __attribute__((visibility("default"))) int fused_set_cpu_isa(const ch
   return kernels != nullptr;
 }
 
+extern "C" __attribute__((visibility("default"))) void fused_poison_outputs(int on) {
+  poison_new_tensors = on != 0;
+}
+
 }  // namespace fused
 
 STABLE_TORCH_LIBRARY_IMPL(fused_lnad, CPU, m) {

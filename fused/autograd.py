@@ -109,6 +109,7 @@ def _differentiable(
     z, bias, norm_weight, norm_bias = (
         given if found is None else found for given, found in zip(inputs, asked, strict=True)
     )
+    assert z is not None
     with torch.enable_grad():
         h = z if bias is None else z + (bias - bias.detach())  # z contains the bias
         y = reference.row(h, epilogue_of(codes), None, norm_weight, norm_bias, None, seed)

@@ -92,6 +92,12 @@ def set_cpu_isa(name: str) -> None:
         )
 
 
+def poison_outputs(on: bool) -> None:
+    """Makes the C++ kernels fill their outputs with NaN before they write them (for tests)."""
+    if _extension is not None:
+        _extension.fused_poison_outputs(int(on))
+
+
 @lru_cache(maxsize=1)
 def _triton_reason() -> str:
     """Why Triton cannot be used, or the empty string. Tries it once, on a real tensor."""

@@ -18,7 +18,7 @@ from cases import (
 )
 from tolerances import assert_close
 
-from fused import ops
+from fused import backend, ops
 from fused.spec import Epilogue
 
 # Rows of one element, below, at and above a vector and a random block, odd, and a long row.
@@ -256,18 +256,29 @@ def test_in_place_writes_y_and_nothing_else() -> None:
         assert buffer[:, :3].isnan().all() and buffer[:, 103:].isnan().all()
 
 
-@pytest.mark.usefixtures("cpp")
-def test_outputs_are_written_completely() -> None:
-    torch.use_deterministic_algorithms(True)
-    try:  # fills uninitialised memory with NaN
-        for rows, cols in ((5, 65), (1, 1), (0, 8), (4, 0)):
-            found = run_operator(
-                make_inputs(rows, cols, torch.float32), make_epilogue("rms", "relu")
-            )
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("rows, cols", [(5, 65), (1, 1), (0, 8), (4, 0), (3, 1000), (70, 64)])
+def test_outputs_are_written_completely(rows: int, cols: int, norm: str | None) -> None:
+    backend.poison_outputs(True)
+    try:
+        assert (
+            ops.row_forward(torch.zeros(2, 0), *[None] * 5, 1, 1e-5, 1, 0.0, 0.0, 0)[1]
+            .isnan()
+            .all()
+        )
+        for dtype in DTYPES:
+            inputs = make_inputs(rows, cols, dtype, norm)
+            epilogue = make_epilogue(norm, "gelu", 0.1)
+            found = run_operator(inputs, epilogue)
+            seed, codes = inputs.seed, epilogue.codes
+            _, statistics = ops.row_forward(inputs.z, *inputs.parameters, None, seed, *codes)
+            if cols:
+                found["statistics"] = statistics
             for name, t in found.items():
-                assert not t.isnan().any(), (name, rows, cols)
+                assert not t.isnan().any(), (name, dtype)
     finally:
-        torch.use_deterministic_algorithms(False)
+        backend.poison_outputs(False)
 
 
 @pytest.mark.slow

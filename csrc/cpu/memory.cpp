@@ -109,19 +109,25 @@ Tensor new_large_tensor(std::initializer_list<int64_t> sizes, const int64_t* str
 
 }  // namespace
 
+bool poison_new_tensors = false;
+
 Tensor new_tensor(std::initializer_list<int64_t> sizes, int32_t dtype) {
   int64_t strides[2] = {1, 1};
   if (sizes.size() == 2) strides[0] = *(sizes.begin() + 1);
   size_t bytes = aoti_torch_dtype_element_size(dtype);
   for (const int64_t extent : sizes) bytes *= static_cast<size_t>(extent);
+  Tensor tensor;
   if (bytes >= kLarge && bytes >= block_cache().threshold()) {
-    return new_large_tensor(sizes, strides, dtype, bytes);
+    tensor = new_large_tensor(sizes, strides, dtype, bytes);
+  } else {
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
+                                 aoti_torch_device_type_cpu(), 0, &handle));
+    tensor = Tensor(handle);
   }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.begin(), strides, dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  if (poison_new_tensors && bytes) std::memset(tensor.data_ptr(), 0xFF, bytes);
+  return tensor;
 }
 
 void* thread_buffer(int slot, size_t bytes) {

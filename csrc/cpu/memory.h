@@ -12,6 +12,9 @@ namespace fused {
 // blocks that were used before (memory.cpp).
 torch::stable::Tensor new_tensor(std::initializer_list<int64_t> sizes, int32_t dtype);
 
+// For tests: new tensors are filled with bytes of ones, which are NaN in every floating dtype.
+extern bool poison_new_tensors;
+
 // A buffer of the calling thread that survives the call; slot tells independent uses apart.
 constexpr int kBufferSlots = 5;
 void* thread_buffer(int slot, size_t bytes);
