@@ -19,8 +19,8 @@ from fused import backend, reference
 SHAPES = {"tiny (8, 64)": (8, 64), "odd (70, 1000)": (70, 1000), "long (4, 8192)": (4, 8192)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LINEAR_NOTE = (
-    "x (64, 128), 256 features, no dropout; activations without a kink, where the rounding of z would"
-    " decide on which side an element falls, in eager as here."
+    "x (64, 128), 256 features, no dropout; activations without a kink, where the rounding of z"
+    " would decide on which side an element falls, in eager as here."
 )
 SMOOTH = (None, "gelu", "gelu_tanh", "silu", "mish", "sigmoid", "tanh", "softplus")
 TARGET = Path(__file__).parent.parent / "docs/accuracy.md"
