@@ -53,7 +53,7 @@ format: setup ## rewrite the sources as lint wants them
 	$(BIN)/clang-format -i $(CSRC)
 
 bench: setup ## measure against eager and torch.compile
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench --max-autotune
 
 # libstdc++ is preloaded because libasan must find it before torch does; torch itself leaks by
 # design. The root must not be on sys.path (so pytest, not python -m pytest), or ./fused would win.
