@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import EVERY_ACTIVATION, make_epilogue, make_inputs
+from cases import EVERY_ACTIVATION, Inputs, make_epilogue, make_inputs
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -48,22 +48,42 @@ def test_gradgradcheck_without_linear_and_with_a_shared_tensor() -> None:
     assert gradcheck(run, (z, scale)) and gradgradcheck(run, (z, scale))
 
 
+def opcheck_all(inputs: Inputs, norm: str | None, p: float, wanted: tuple[int, ...]) -> None:
+    codes = make_epilogue(norm, "gelu", p).codes
+    seed = inputs.seed if p else None
+    forward = (inputs.z, *inputs.parameters, inputs.residual, seed, *codes)
+    torch.library.opcheck(ops.row_forward, forward)
+    torch.library.opcheck(ops.row_forward_, forward)
+    _, statistics = ops.row_forward(*forward)
+    for bits in wanted:
+        torch.library.opcheck(
+            ops.row_backward,
+            (inputs.dy, inputs.z, *inputs.parameters, statistics, seed, bits, *codes),
+        )
+
+
 @pytest.mark.parametrize("norm", [None, "layer", "rms"])
 def test_opcheck(norm: str | None) -> None:
     for p in (0.0, 0.2):
         for affine in (True, False):
             inputs = make_inputs(5, 12, torch.float32, norm, affine=affine, bias=affine)
-            codes = make_epilogue(norm, "gelu", p).codes
-            seed = inputs.seed if p else None
-            forward = (inputs.z, *inputs.parameters, inputs.residual, seed, *codes)
-            torch.library.opcheck(ops.row_forward, forward)
-            torch.library.opcheck(ops.row_forward_, forward)
-            _, statistics = ops.row_forward(*forward)
-            for wanted in (0, 3, 4, 7):
-                torch.library.opcheck(
-                    ops.row_backward,
-                    (inputs.dy, inputs.z, *inputs.parameters, statistics, seed, wanted, *codes),
-                )
+            opcheck_all(inputs, norm, p, (0, 3, 4, 7))
+
+
+@pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "norm, rows, cols",
+    # With a norm, rows without elements have statistics that nothing writes or reads.
+    [(n, rows, 12) for n in (None, "layer", "rms") for rows in (5, 0)] + [(None, 5, 0)],
+)
+def test_opcheck_of_bfloat16_and_of_nothing(
+    norm: str | None, rows: int, cols: int, parameters: torch.dtype
+) -> None:
+    inputs = make_inputs(rows, cols, torch.bfloat16, norm)
+    if norm:
+        inputs.norm_weight = inputs.norm_weight.to(parameters)
+        inputs.norm_bias = inputs.norm_bias.to(parameters)
+    opcheck_all(inputs, norm, 0.2, (0, 7))
 
 
 def make_net(p: float = 0.0) -> fused.Sequential:
@@ -84,11 +104,27 @@ def test_torch_func() -> None:
     for name, t in net.named_parameters():
         torch.testing.assert_close(gradient[name], t.grad, rtol=1e-4, atol=1e-5)
     rows = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
-    for name, t in rows.items():
-        torch.testing.assert_close(t.sum(0), gradient[name], rtol=1e-4, atol=1e-5)
-    jacobian = torch.func.jacrev(lambda row: functional.norm_act(row, norm="layer"))(x[0])
-    assert jacobian.shape == (8, 8)
-    torch.testing.assert_close(jacobian.sum(1), torch.zeros(8), atol=1e-5, rtol=0)
+    plain = nn.Sequential(*net)
+    for i, row in enumerate(x):
+        plain.zero_grad()
+        plain(row).square().sum().backward()
+        for name, t in plain.named_parameters():
+            torch.testing.assert_close(rows[name][i], t.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_jacobians_are_nn_sequentials() -> None:
+    net, x = make_net(), torch.randn(5, 8)
+    plain = nn.Sequential(*net)
+    expected = torch.autograd.functional.jacobian(plain, x[0])
+    assert expected.shape == (3, 8) and expected.abs().max() > 0.01
+    jacrev, vmap = torch.func.jacrev, torch.func.vmap
+    torch.testing.assert_close(jacrev(net)(x[0]), expected, rtol=1e-4, atol=1e-5)
+    every = torch.stack([torch.autograd.functional.jacobian(plain, row) for row in x])
+    torch.testing.assert_close(vmap(jacrev(net))(x), every, rtol=1e-4, atol=1e-5)
+    # And of the functions, whose layer norm has a jacobian with rows that sum to zero.
+    jacobian = jacrev(lambda row: functional.norm_act(row, norm="layer", activation="gelu"))(x[0])
+    expected = torch.autograd.functional.jacobian(nn.Sequential(nn.LayerNorm(8), nn.GELU()), x[0])
+    torch.testing.assert_close(jacobian, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_vmap_draws_masks_as_its_randomness_says() -> None:

@@ -38,6 +38,26 @@ def test_residual_is_added_last(dtype: torch.dtype) -> None:
     torch.testing.assert_close(block(x, x), y, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["another tensor", "the input"])
+@pytest.mark.parametrize("norm", [None, "layer", "rms"])
+def test_residual_equals_nn_sequential_plus_residual(norm: str | None, shared: bool) -> None:
+    """Added after the activation: relu would cut a residual that were added before it."""
+    block = fused.LinearNormAct(16, 16, norm=norm, activation="relu")
+    plain = nn.Sequential(*block)
+    x, residual = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    dy = torch.randn(2, 5, 16)
+    results = []
+    for net in (block, lambda x, residual: plain(x) + residual):
+        leaves = [x.clone().requires_grad_()]
+        leaves += leaves if shared else [residual.clone().requires_grad_()]
+        y = net(*leaves)
+        wanted = [*leaves[: 1 if shared else 2], *plain.parameters()]
+        results.append([y.detach(), *torch.autograd.grad(y, wanted, dy)])
+    assert block.plan()[0].fused_calls == 1 and (results[0][0] < 0).any()
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "make, error, text",
     [
