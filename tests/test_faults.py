@@ -229,6 +229,31 @@ def test_extension_corrupt(package: Path, content: str) -> None:
 def test_unknown_instruction_set_is_said_and_ignored() -> None:
     report = probe(FUSED_CPU_ISA="sse9")
     assert report["isa"] in ("avx512", "avx2", "portable")
+    done = run_python("from fused import backend; print(backend.cpu_isa())", FUSED_CPU_ISA="sse9")
+    assert done.stderr.startswith("fused: FUSED_CPU_ISA=sse9 is not served"), done.stderr
+    assert done.stdout.strip() == report["isa"]
+
+
+FORCED = """
+import torch
+import torch.nn.functional as F
+from fused import backend, functional
+
+torch.manual_seed(0)
+z = torch.randn(37, 65)
+with backend.use_backend("cpp"):
+    y = functional.norm_act(z, norm="layer", activation="gelu")
+error = (y - F.gelu(F.layer_norm(z.double(), (65,)))).abs().max()
+assert error < 2e-6, error
+print(backend.cpu_isa())
+"""
+
+
+@needs_extension
+def test_the_environment_chooses_the_instruction_set(isa: str) -> None:
+    done = run_python(FORCED, FUSED_CPU_ISA=isa)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == isa
 
 
 # ---- surroundings ----

@@ -108,6 +108,72 @@ def test_any_layout(rows, cols, layouts, norm, affine, needs):  # type: ignore[n
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    lead=st.sampled_from([(1,), (5,), (33,), (2, 3), (1, 4), (3, 1), (2, 1, 3)]),
+    inputs=st.sampled_from([1, 3, 8, 17]),
+    features=st.sampled_from([2, 7, 8, 31, 64, 65]),
+    layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 4),
+    norm=st.sampled_from([None, "layer", "rms"]),
+    affine=st.booleans(),
+    needs=st.tuples(*[st.booleans()] * 6),
+)
+def test_any_layout_behind_a_linear(lead, inputs, features, layouts, norm, affine, needs):  # type: ignore[no-untyped-def]
+    shapes = ((*lead, inputs), (features, inputs), (*lead, features), (*lead, features))
+    x, weight, residual, dy = (
+        LAYOUTS[name](torch.randn(shape)) for name, shape in zip(layouts, shapes, strict=True)
+    )
+    bias = torch.randn(2 * features)[::2]
+    scale, shift = (
+        torch.randn(features, 2)[:, 0] if affine and norm is not None else None for _ in range(2)
+    )
+    results = []
+    for name in ("cpp", "reference"):
+        leaves = [
+            None if t is None else t.detach().requires_grad_(need)
+            for t, need in zip((x, weight, bias, scale, shift, residual), needs, strict=True)
+        ]
+        with fused.use_backend(name):
+            y = functional.linear_norm_act(
+                *leaves[:3], norm=norm, norm_weight=leaves[3], norm_bias=leaves[4],
+                activation="tanh", p=0.3, seed=4, eps=1e-2, residual=leaves[5],
+            )  # fmt: skip
+        assert y.shape == (*lead, features)
+        if y.requires_grad:
+            y.backward(dy)
+        results.append([y.detach()] + [t.grad for t in leaves if t is not None])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lead=st.sampled_from([(2, 3), (1, 4), (3, 1), (2, 1, 3)]),
+    cols=st.sampled_from([2, 8, 31, 65]),
+    layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 3),
+    outer=st.booleans(),
+    norm=st.sampled_from([None, "layer", "rms"]),
+)
+def test_any_layout_of_higher_rank(lead, cols, layouts, outer, norm):  # type: ignore[no-untyped-def]
+    z, residual, dy = (LAYOUTS[name](torch.randn(*lead, cols)) for name in layouts)
+    if outer:  # the leading dimensions lie in the other order
+        z = z.transpose(0, 1).contiguous().transpose(0, 1)
+    results = []
+    for name in ("cpp", "reference"):
+        leaves = [t.detach().requires_grad_() for t in (z, residual)]
+        with fused.use_backend(name):
+            y = functional.norm_act(
+                leaves[0], norm=norm, activation="tanh", p=0.3, seed=4, eps=1e-2,
+                residual=leaves[1],
+            )  # fmt: skip
+        assert y.shape == z.shape
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, dy)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4)
+
+
 @pytest.mark.parametrize("reduction", [torch.sum, torch.mean])
 def test_expanded_gradient(reduction: object) -> None:
     x = torch.randn(6, 10, requires_grad=True)
