@@ -242,6 +242,9 @@ std::tuple<Tensor, Tensor> row_forward(Tensor z, OptionalTensor bias, OptionalTe
     place_statistics(problem, statistics.data_ptr(), rows, storage);
     problem.streaming = worth_streaming(y);
     run_forward(problem, rows, storage, activation);
+  } else if (statistics.numel()) {  // rows without elements
+    memset(statistics.data_ptr(), 0,
+           static_cast<size_t>(statistics.numel()) * statistics.element_size());
   }
   return {y, statistics};
 }

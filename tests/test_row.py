@@ -302,19 +302,13 @@ def test_in_place_writes_y_and_nothing_else() -> None:
 def test_outputs_are_written_completely(rows: int, cols: int, norm: str | None) -> None:
     backend.poison_outputs(True)
     try:
-        assert (
-            ops.row_forward(torch.zeros(2, 0), *[None] * 5, 1, 1e-5, 1, 0.0, 0.0, 0)[1]
-            .isnan()
-            .all()
-        )
         for dtype in DTYPES:
             inputs = make_inputs(rows, cols, dtype, norm)
             epilogue = make_epilogue(norm, "gelu", 0.1)
             found = run_operator(inputs, epilogue)
             seed, codes = inputs.seed, epilogue.codes
             _, statistics = ops.row_forward(inputs.z, *inputs.parameters, None, seed, *codes)
-            if cols:
-                found["statistics"] = statistics
+            found["statistics"] = statistics
             for name, t in found.items():
                 assert not t.isnan().any(), (name, dtype)
     finally:
