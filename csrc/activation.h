@@ -2,11 +2,10 @@
 //
 // V is a scalar or a vector of floats. The functions used here (broadcast, select, exp, expm1,
 // tanh, log1p_exp, normal_cdf, gelu_gradient, reciprocal, finite) are declared next to the type:
-// cpu/math.h. `gradient` takes the gradient of the value first and selects where torch does, so that
-// an infinite one gives zero where the activation is flat. Values, breakpoints and derivatives at
-// breakpoints are torch's; NaN goes through everywhere, which is why comparisons are written so that
-// NaN takes the branch that keeps it.
-// Order and codes: fused/spec.py.
+// cpu/math.h. `gradient` takes the gradient of the value first and selects where torch does, so
+// that an infinite one gives zero where the activation is flat. Values, breakpoints and derivatives
+// at breakpoints are torch's; NaN goes through everywhere, which is why comparisons are written so
+// that NaN takes the branch that keeps it. Order and codes: fused/spec.py.
 #pragma once
 
 namespace fused::FUSED_TARGET {

@@ -61,10 +61,23 @@ struct RowBase {
     for (; i + kPack <= cols; i += kPack) {
       body(i, std::integral_constant<int, kVectors>{}, All<V>{});
     }
-    for (; i + kLanes <= cols; i += kLanes) {
-      body(i, std::integral_constant<int, 1>{}, All<V>{});
+#if FUSED_AVX512
+    // A masked vector costs what a whole one does, and one body less is compiled.
+    constexpr bool kWhole = kLanes == 1;
+#else
+    constexpr bool kWhole = true;
+#endif
+    if constexpr (kWhole) {
+      for (; i + kLanes <= cols; i += kLanes) {
+        body(i, std::integral_constant<int, 1>{}, All<V>{});
+      }
     }
-    if (i < cols) body(i, std::integral_constant<int, 1>{}, static_cast<int>(cols - i));
+    if constexpr (kLanes > 1) {
+      for (; i < cols; i += kLanes) {
+        body(i, std::integral_constant<int, 1>{},
+             static_cast<int>(std::min<int64_t>(kLanes, cols - i)));
+      }
+    }
   }
 
   // A per-column or per-row array, null where absent.
