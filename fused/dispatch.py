@@ -97,7 +97,7 @@ def apply_row(
 ) -> Tensor:
     """`run_row` by the operator, where that is known to serve; needs the seed."""
     if _needs_gradient(z, norm_weight, norm_bias, residual):
-        if small.is_small(z.numel(), z, codes) and not is_compiling():
+        if not is_compiling() and small.is_small(z.numel(), z, codes):
             return small.row(z, norm_weight, norm_bias, residual, codes)
         z = contiguous_rows(z)
         if residual is not None:
@@ -143,7 +143,7 @@ def apply_linear_row(
     """`run_linear_row` by the operator, where that is known to serve; needs the seed."""
     elements = x.shape[0] * weight.shape[0]
     if _needs_gradient(weight, x, bias, norm_weight, norm_bias, residual):
-        if small.is_small(elements, x, codes) and not is_compiling():
+        if not is_compiling() and small.is_small(elements, x, codes):
             z = F.linear(x, weight, bias)
             return small.row(z, norm_weight, norm_bias, residual, codes)
         if bias is not None and bias.requires_grad:

@@ -36,7 +36,8 @@ def is_small(elements: int, z: Tensor, codes: Codes) -> bool:
     """Whether `row` serves an output of so many elements, where a gradient is needed.
 
     torch's RMSNorm is several operators, and its dropout has another mask. Whoever asks for a
-    backend by its name gets it.
+    backend by its name gets it. Not to be asked while compiling: the sizes would become guards, and
+    the compiler cannot read the request.
     """
     limit = LIMITS[codes[2]]
     return (

@@ -70,3 +70,25 @@ def test_inference_without_norm() -> None:
     x = torch.randn(4, 8)
     with torch.no_grad():
         assert torch.equal(chain(x), nn.Sequential(*chain)(x))
+
+
+@pytest.mark.usefixtures("small_path")
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("stages", ["N-A", "L-N-A", "L-A"])
+def test_compiled_chains_stay_one_graph(stages: str, gradient: bool, dynamic: bool | None) -> None:
+    children = {"L": nn.Linear(16, 16), "N": nn.LayerNorm(16), "A": nn.ReLU()}
+    chain = fused.Sequential(*(children[stage] for stage in stages.split("-")))
+    torch.compiler.reset()
+    compiled = torch.compile(chain, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    plain = nn.Sequential(*chain)
+    for rows in (4, 7):
+        x = torch.randn(rows, 16, requires_grad=True)
+        with torch.set_grad_enabled(gradient):
+            y, expected = compiled(x), plain(x)
+        torch.testing.assert_close(y, expected)
+        if gradient:
+            inputs = [x, *chain.parameters()]
+            ours, theirs = (torch.autograd.grad(t.square().sum(), inputs) for t in (y, expected))
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
