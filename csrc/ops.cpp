@@ -291,7 +291,7 @@ void add_chunks(const C* partial, int64_t chunks, int64_t cols, C* out) {
 }
 
 // The sum of one parameter's gradient: chunks × cols partials, of which the first row becomes the
-// result; an empty tensor where the parameter is absent.
+// result; an empty tensor where it is not wanted.
 struct PartialSum {
   PartialSum(bool wanted, int64_t chunks, int64_t cols, int32_t dtype)
       : partial(new_tensor({wanted ? chunks * cols : 0}, dtype)), wanted(wanted) {

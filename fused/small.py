@@ -1,7 +1,8 @@
 """CPU inputs so small that only the host's work counts: the chain by torch's own operators.
 
 An autograd node written in Python costs more than torch's whole chain does there (8 × 64 float32,
-LayerNorm → ReLU, forward and backward: 54 µs against 46 µs; AMD EPYC 9004). The operators are
+LayerNorm → ReLU, forward and backward: 53 µs against 44 µs by `python -m bench.costs`; AMD EPYC
+9004, November 2026). The operators are
 called one after another, without their modules. That is for chains without dropout and for the
 activations that torch computes fast, up to these numbers of elements; others are faster by the
 kernel at any size.
@@ -26,7 +27,7 @@ for _name in _FAST:
 for _name in _FAIR:
     LIMITS[ACTIVATION_CODES[_name]] = 1 << 11
 # Without a norm the kernel saves less: one pass over the output. (Linear → ReLU, forward and
-# backward, 256 × 256 float32: 0.77 of eager's speed by the kernel, 0.93 so; level at 512 × 1024.)
+# backward, 256 × 256 float32: 0.77 of eager's speed by the kernel, 0.93 so; level at 512 × 1024; November 2026.)
 _WITHOUT_NORM = 32
 _RMS = 2
 _INFERENCE_LIMIT = 1 << 12

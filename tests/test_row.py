@@ -374,3 +374,24 @@ def test_streaming_stores_drop_by_the_same_mask(dtype: torch.dtype) -> None:
     for name in ("y", "dz"):
         assert found[name].data_ptr() % 64 == 0
         assert torch.equal(found[name] != 0, mask), name
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("isa")
+def test_rows_beyond_two_to_the_31_elements() -> None:
+    """Three rows that far apart, in memory that is reserved but never touched between them."""
+    stride = (1 << 31) + 3
+    plain = make_inputs(3, 70, torch.bfloat16, residual=False)
+    epilogue = make_epilogue("layer", "gelu", 0.1)
+    expected = run_operator(plain, epilogue)
+    views = {}
+    for name in ("z", "dy"):
+        far = torch.empty(2 * stride + 70, dtype=torch.bfloat16).as_strided((3, 70), (stride, 1))
+        views[name] = far.copy_(getattr(plain, name))
+    far_apart = Inputs(
+        bias=plain.bias, norm_weight=plain.norm_weight, norm_bias=plain.norm_bias, **views
+    )
+    for name, t in run_operator(far_apart, epilogue).items():
+        assert torch.equal(t, expected[name]), name
+    ops.row_forward_(views["z"], *plain.parameters, None, plain.seed, *epilogue.codes)
+    assert torch.equal(views["z"], expected["y"])

@@ -1,0 +1,97 @@
+"""What a call and an element cost, behind docs/benchmarks.md's account of the losing cells.
+
+    python -m bench.costs
+
+Host: microseconds on 8 × 64 float32, one thread. Kernel: nanoseconds an element of 128 × 1024,
+which stays in the second-level cache, one thread; the best of several repeats, less what one row
+costs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fused import ops, small
+from fused.autograd import Codes, RowFunction
+from fused.dispatch import make_codes
+
+REPEATS = 7
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def best_us(call: Callable[[], object], calls: int) -> float:
+    """Microseconds of a call, the best of several means."""
+    best = float("inf")
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        best = min(best, (time.perf_counter() - start) / calls * 1e6)
+    return best
+
+
+def host_costs() -> None:
+    """One operator, one autograd node, and torch's own operators in their place."""
+    x, weight, shift = (torch.randn(s, requires_grad=True) for s in ((8, 64), (64,), (64,)))
+    dy, inputs = torch.randn(8, 64), (x, weight, shift)
+    codes = make_codes("layer", 1e-5, "relu", 0.0)
+
+    def node() -> Tensor:
+        return RowFunction.apply(x, None, weight, shift, None, None, codes)
+
+    def plain() -> Tensor:
+        return small.row(x, weight, shift, None, codes)
+
+    print("host, 8 × 64 float32, LayerNorm + ReLU, µs")
+    with torch.no_grad():
+        operator = best_us(
+            lambda: ops.row_forward(x, None, weight, shift, None, None, *codes), 2000
+        )
+        norm = best_us(lambda: torch.layer_norm(x, (64,), weight, shift, 1e-5), 2000)
+    print(f"  row_forward {operator:.1f}, torch.layer_norm {norm:.1f}")
+    for name, run in (("one node in Python", node), ("torch's operators", plain)):
+        forward = best_us(run, 2000)
+        both = best_us(lambda run=run: torch.autograd.grad(run(), inputs, dy), 1000)
+        print(f"  {name}: forward {forward:.1f}, forward + backward {both:.1f}")
+
+
+def element_ns(codes: Codes, dtype: torch.dtype) -> tuple[float, float]:
+    """Nanoseconds an element, forward in place and backward."""
+    z, dy = torch.randn(128, 1024).to(dtype), torch.randn(128, 1024).to(dtype)
+    weight, shift, seed = torch.ones(1024), torch.zeros(1024), torch.tensor([1])
+    _, statistics = ops.row_forward(z, None, weight, shift, None, seed, *codes)
+    times = []
+    for rows in (128, 1):
+        a, b, s = z[:rows].clone(), dy[:rows], statistics[:, :rows].contiguous()
+        forward = best_us(
+            lambda a=a: ops.row_forward_(a, None, weight, shift, None, seed, *codes), 100
+        )
+        backward = best_us(
+            lambda a=a, b=b, s=s: ops.row_backward(b, a, None, weight, shift, s, seed, 3, *codes),
+            100,
+        )
+        times.append((forward, backward))
+    (forward, backward), (forward_one, backward_one) = times
+    elements = 127 * 1024
+    return (forward - forward_one) * 1e3 / elements, (backward - backward_one) * 1e3 / elements
+
+
+def kernel_costs() -> None:
+    """The parts of a chain, by what each adds."""
+    print("kernel, LayerNorm of 1024 features, ns an element: forward, backward")
+    for dtype in DTYPES:
+        for activation in (None, "relu", "gelu", "silu"):
+            for p in (0.0, 0.1):
+                forward, backward = element_ns(make_codes("layer", 1e-5, activation, p), dtype)
+                name = str(dtype).removeprefix("torch.")
+                print(f"  {name} {activation} p={p:g}: {forward:.2f}, {backward:.2f}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    host_costs()
+    kernel_costs()
