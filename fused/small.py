@@ -27,7 +27,8 @@ for _name in _FAST:
 for _name in _FAIR:
     LIMITS[ACTIVATION_CODES[_name]] = 1 << 11
 # Without a norm the kernel saves less: one pass over the output. (Linear → ReLU, forward and
-# backward, 256 × 256 float32: 0.77 of eager's speed by the kernel, 0.93 so; level at 512 × 1024; November 2026.)
+# backward, 256 × 256 float32: 0.77 of eager's speed by the kernel, 0.93 so; level at 512 × 1024;
+# November 2026.)
 _WITHOUT_NORM = 32
 _RMS = 2
 _INFERENCE_LIMIT = 1 << 12
