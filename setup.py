@@ -54,13 +54,24 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # longest to compile come first.
 SOURCES: dict[str, list[str]] = {
     "csrc/cpu/row_portable.cpp": [],
-    "csrc/ops.cpp": [],
+    "csrc/cpu/channel_portable.cpp": [],
+    "csrc/channel.cpp": [],
+    "csrc/row.cpp": [],
+    "csrc/channel_backward.cpp": [],
+    "csrc/channel_sums.cpp": [],
+    "csrc/channel_forward.cpp": [],
+    "csrc/channel_statistics.cpp": [],
+    "csrc/channel_problem.cpp": [],
+    "csrc/arguments.cpp": [],
+    "csrc/isa.cpp": [],
     "csrc/cpu/memory.cpp": [],
 }
 if IS_X86:
     SOURCES = {
         "csrc/cpu/row_avx512.cpp": AVX512_FLAGS,
         "csrc/cpu/row_avx2.cpp": AVX2_FLAGS,
+        "csrc/cpu/channel_avx512.cpp": AVX512_FLAGS,
+        "csrc/cpu/channel_avx2.cpp": AVX2_FLAGS,
         **SOURCES,
     }
 

@@ -1,5 +1,6 @@
 """Differentiation: what is saved, what is recomputed, and double backward.
 
+`RowFunction` serves the norms along a row, `ChannelFunction` those over samples or positions.
 A Linear in front stays torch's own node, so it saves what nn.Linear saves: x and weight, each only
 where the other's gradient needs it. Beyond that are saved the pre-norm z, the statistics of each
 row and the seed: no mask, no activation, no normalised copy. Backward recomputes them in one pass.
@@ -12,21 +13,35 @@ There is no jvp: forward-mode differentiation and torch.func transforms take the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops, reference
-from .spec import ACTIVATION_NAMES, NORM_NAMES, Epilogue
+from . import ops, reference, synchronize
+from .spec import ACTIVATION_NAMES, NORM_NAMES, ChannelEpilogue, Epilogue
 
 Codes = tuple[int, float, int, float, float, int]
+ChannelCodes = tuple[int, int, bool, float, int, float, float, int, bool]
 
 
 def epilogue_of(codes: Codes) -> Epilogue:
     """The `Epilogue` behind the operators' scalars."""
     norm, eps, activation, alpha, beta, threshold = codes
     return Epilogue(NORM_NAMES[norm], eps, ACTIVATION_NAMES[activation], alpha, beta, threshold)
+
+
+def channel_epilogue_of(codes: ChannelCodes) -> ChannelEpilogue:
+    """The `ChannelEpilogue` behind the channel operators' scalars."""
+    norm, groups, channels_last, *rest, channel_dropout = codes
+    row = epilogue_of((norm, *rest))  # type: ignore[arg-type]
+    return ChannelEpilogue(
+        *(row.norm, row.eps, row.activation, row.alpha, row.beta, row.threshold),
+        groups=groups,
+        channels_last=channels_last,
+        channel_dropout=channel_dropout,
+    )
 
 
 def contiguous_rows(t: Tensor) -> Tensor:
@@ -101,6 +116,22 @@ def _differentiable(
     dy: Tensor,
 ) -> tuple[Any, ...]:
     """The gradients of z, bias, norm_weight and norm_bias, with a graph of their own."""
+    epilogue = epilogue_of(codes)
+
+    def run(z: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> Tensor:
+        return reference.row(z, epilogue, None, norm_weight, norm_bias, None, seed)
+
+    return _gradients_of(run, torch.add, inputs, needs, dy)
+
+
+def _gradients_of(
+    run: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
+    add_bias: Callable[[Tensor, Tensor], Tensor],
+    inputs: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+    dy: Tensor,
+) -> tuple[Any, ...]:
+    """The gradients of z, bias, norm_weight and norm_bias through `run`, differentiable."""
     # Views, so that a tensor passed twice gets two gradients.
     asked = [
         t.view_as(t) if t is not None and need else None
@@ -111,8 +142,128 @@ def _differentiable(
     )
     assert z is not None
     with torch.enable_grad():
-        h = z if bias is None else z + (bias - bias.detach())  # z contains the bias
-        y = reference.row(h, epilogue_of(codes), None, norm_weight, norm_bias, None, seed)
+        # z contains the bias.
+        h = z if bias is None else add_bias(z, bias - bias.detach())
+        y = run(h, norm_weight, norm_bias)
         wanted = [t for t in asked if t is not None]
         found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
     return tuple(None if t is None else next(found) for t in asked)
+
+
+class ChannelFunction(torch.autograd.Function):
+    """residual + dropout(activation(norm(z))) over three dimensions in memory order.
+
+    `bias` is as in `RowFunction`, one for each channel. With `mean` and `variance` given the norm
+    is by constants, else by the statistics of z, over all processes of `group` where there is one.
+
+    Returns:
+        y; then, not differentiable, mean, variance and count as the operators give them, which are
+        empty where mean and variance were given.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        codes: ChannelCodes,
+        group: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        parameters = norm_weight, norm_bias, residual, mask, seed
+        constant = mean is not None or codes[0] == 0
+        if constant:
+            y = ops.channel_apply(z, mean, variance, *parameters, *codes)
+            # New ones: an output must not be the input that it was, and these are not needed.
+            found = tuple(z.new_empty(0) for _ in range(3))
+        elif group is not None:
+            local = ops.channel_statistics(z, mask, *codes[:3])
+            found = synchronize.merge_statistics(z, codes[2], local, group)
+            y = ops.channel_apply(z, *found[:2], *parameters, *codes)
+        else:
+            y, *rest = ops.channel_forward(z, *parameters, *codes)
+            found = tuple(rest)
+        statistics = (mean, variance, None) if constant else found
+        ctx.save_for_backward(z, norm_weight, norm_bias, *statistics, mask, seed)
+        ctx.bias, ctx.codes, ctx.group, ctx.constant = bias, codes, group, constant
+        ctx.mark_non_differentiable(*found)
+        ctx.set_materialize_grads(False)
+        return y, *found
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
+        needs, codes = ctx.needs_input_grad, ctx.codes
+        gradients: list[Any] = [None] * 11
+        if dy is None:
+            return tuple(gradients)
+        z, norm_weight, norm_bias, mean, variance, count, mask, seed = ctx.saved_tensors
+        if needs[4]:
+            gradients[4] = dy if mask is None else torch.where(mask[:, :, None], dy, 0)
+        wanted = (
+            (ops.WANT_NORM_WEIGHT if needs[2] else 0)
+            | (ops.WANT_NORM_BIAS if needs[3] else 0)
+            | (ops.WANT_BIAS if needs[1] else 0)
+        )
+        if not (needs[0] or wanted):
+            return tuple(gradients)
+        if torch.is_grad_enabled():
+            if ctx.group is not None:
+                raise RuntimeError(
+                    "batch norm across processes cannot be differentiated twice; leave"
+                    " create_graph out, or use a norm within the process"
+                )
+            statistics = (mean, variance) if ctx.constant else (None, None)
+            inputs = (z, ctx.bias, norm_weight, norm_bias)
+            gradients[:4] = _differentiable_channel(
+                inputs, needs[:4], statistics, mask, seed, codes, dy
+            )
+            return tuple(gradients)
+        # As the operator takes it: a gradient may come expanded, or laid out otherwise.
+        dy = dy.contiguous()
+        parameters = norm_weight, norm_bias, mask, seed
+        if ctx.group is not None:
+            sums = ops.channel_sums(dy, z, mean, variance, *parameters, *codes)
+            # Of this process alone, as for any parameter: DistributedDataParallel averages them.
+            gradients[2] = sums[1].to(norm_weight.dtype) if needs[2] else None
+            gradients[3] = sums[0].to(norm_bias.dtype) if needs[3] else None
+            total = synchronize.add_up(sums, ctx.group)
+            if needs[0]:
+                gradients[0] = ops.channel_gradient(
+                    dy, z, mean, variance, total, count, *parameters, *codes
+                )
+            return tuple(gradients)
+        if count is not None and not count.numel():
+            count = None
+        dz, dnorm_weight, dnorm_bias, dbias = ops.channel_backward(
+            dy, z, mean, variance, count, *parameters, wanted, ctx.constant, *codes
+        )
+        found = dz, dbias, dnorm_weight, dnorm_bias
+        gradients[:4] = [g if need else None for g, need in zip(found, needs[:4], strict=True)]
+        return tuple(gradients)
+
+
+def _differentiable_channel(
+    inputs: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+    statistics: tuple[Tensor | None, Tensor | None],
+    mask: Tensor | None,
+    seed: Tensor | None,
+    codes: ChannelCodes,
+    dy: Tensor,
+) -> tuple[Any, ...]:
+    """`_differentiable` for `ChannelFunction`."""
+    epilogue = channel_epilogue_of(codes)
+
+    def run(z: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> Tensor:
+        return reference.channel(z, epilogue, *statistics, norm_weight, norm_bias, None, mask, seed)
+
+    def add_bias(z: Tensor, difference: Tensor) -> Tensor:
+        return z + (difference if epilogue.channels_last else difference[:, None])
+
+    return _gradients_of(run, add_bias, inputs, needs, dy)

@@ -31,17 +31,18 @@ from .dispatch import (
 )
 from .dispatch import chain as run_chain
 from .guard import FORWARD_OF, PLAIN_TENSORS, activation_of
+from .norms import MASKED_NORMS
 from .random import draw_seed
 from .stages import Stages
 
 _autocast_enabled = torch._C._is_any_autocast_enabled
 _compiling = torch.compiler.is_dynamo_compiling
-_requested = backend.request.get
+requested = backend.request.get
 _STRIDED = torch.strided
-_ABSENT = -1  # the address of a parameter that is None
+ABSENT = -1  # the address of a parameter that is None
 
 
-def _no_tensor() -> None:
+def no_tensor() -> None:
     return None
 
 
@@ -70,13 +71,13 @@ class Chain(Stages):
         watched = []
         for child, kind in zip(self.children, self.types, strict=True):
             parameters = [
-                (name, _no_tensor, _ABSENT) if t is None else (name, weakref.ref(t), t.data_ptr())
+                (name, no_tensor, ABSENT) if t is None else (name, weakref.ref(t), t.data_ptr())
                 for name, t in child._parameters.items()
             ]
             watched.append((child, kind, FORWARD_OF[kind], parameters))
         values = None if self.attributes is None else self.attributes(self.activation)
         scalars = self._scalars(x.dtype)
-        self.passed = x.dtype, x.device, x.shape[-1], _requested(), watched, values, scalars
+        self.passed = x.dtype, x.device, x.shape[-1], requested(), watched, values, scalars
 
     def _passes_again(self, x: Any, passed: tuple[Any, ...]) -> Codes | None:
         """The operators' scalars, if the children are untouched and input and parameters look as
@@ -86,39 +87,20 @@ class Chain(Stages):
         shape; nn.Module.to changes the memory of the same object.
         """
         dtype, device, features, asked, watched, values, (eps, p, codes) = passed
-        if (
-            type(x) not in PLAIN_TENSORS
-            or x.dtype is not dtype
-            or x.device != device
-            or x.is_nested
-            or x.layout is not _STRIDED
-            or _requested() is not asked
-            or _hooks._global_forward_hooks
-            or _hooks._global_forward_pre_hooks
-            or _hooks._global_backward_hooks
-            or _hooks._global_backward_pre_hooks
-            or _autocast_enabled()
-        ):
+        if not self._looks_like(x, dtype, device, asked):
             return None
         shape = x.shape
         if not shape or shape[-1] != features:
             return None
         for child, kind, forward, parameters in watched:
             own = child.__dict__
-            if (
-                kind.forward is not forward
-                or own["_forward_hooks"]
-                or own["_forward_pre_hooks"]
-                or own["_backward_hooks"]
-                or own["_backward_pre_hooks"]
-                or "forward" in own
-            ):
+            if guard.touched(own, kind, forward):
                 return None
             if parameters:
                 held = own["_parameters"]
                 for name, reference, address in parameters:
                     t = held.get(name, self)
-                    if t is not reference() or (_ABSENT if t is None else t.data_ptr()) != address:
+                    if t is not reference() or (ABSENT if t is None else t.data_ptr()) != address:
                         return None
         if values is not None and self.attributes(self.activation) != values:  # type: ignore[misc]
             return None
@@ -131,6 +113,22 @@ class Chain(Stages):
         now = dropout.p if dropout is not None and dropout.training else 0.0
         return codes if now == p else self._other_codes(passed)
 
+    def _looks_like(self, x: Any, dtype: torch.dtype, device: torch.device, asked: str) -> bool:
+        """Whether x is a plain tensor of this dtype and device, and the circumstances are plain."""
+        return not (
+            type(x) not in PLAIN_TENSORS
+            or x.dtype is not dtype
+            or x.device != device
+            or x.is_nested
+            or x.layout is not _STRIDED
+            or requested() is not asked
+            or _hooks._global_forward_hooks
+            or _hooks._global_forward_pre_hooks
+            or _hooks._global_backward_hooks
+            or _hooks._global_backward_pre_hooks
+            or _autocast_enabled()
+        )
+
     def _other_codes(self, passed: tuple[Any, ...]) -> Codes:
         """The scalars, where eps or p is not what was remembered; and remembers them."""
         *rest, _ = passed
@@ -138,35 +136,40 @@ class Chain(Stages):
         self.passed = (*rest, scalars)
         return scalars[2]
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         if _compiling() or functorch_active() or forward_ad._current_level >= 0:
             if self.static_reason() or self.input_reason(x):
-                return self._one_by_one(x, residual)
-            return self.run(x, residual)
+                return self._one_by_one(x, residual, mask)
+            return self.run(x, residual, None, mask)
         if is_tracing():
-            return self._one_by_one(x, residual)
+            return self._one_by_one(x, residual, mask)
         passed = self.passed
         if passed is not None:
             codes = self._passes_again(x, passed)
             if codes is not None:
                 self.fused_calls += 1
-                if residual is None and x.dim() == 2:
+                if residual is None and mask is None and x.dim() == 2:
                     return self._run_rows(x, codes)
-                return self.run(x, residual, codes)
+                return self.run(x, residual, codes, mask)
         stopped = self.static_reason() or self.input_reason(x)
         self.reason = stopped or self.backend_reason()
         if self.reason:
             self.passed = None
             self.unfused_calls += 1
-            return self._one_by_one(x, residual) if stopped else self.run(x, residual)
+            if stopped:
+                return self._one_by_one(x, residual, mask)
+            return self.run(x, residual, None, mask)
         self.fused_calls += 1
         self._remember(x)
-        return self.run(x, residual)
+        return self.run(x, residual, None, mask)
 
-    def _one_by_one(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        for child in self.children:
-            x = child(x)
-        return x if residual is None else residual + x
+    def _one_by_one(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        for child, kind in zip(self.children, self.types, strict=True):
+            x = child(x, mask) if mask is not None and kind in MASKED_NORMS else child(x)
+        x = x if residual is None else residual + x
+        return x if mask is None else torch.where(mask.unsqueeze(-1), x, 0)
 
     def _scalars(self, dtype: torch.dtype) -> tuple[float | None, float, Codes]:
         """eps and p as the children have them now, and the operators' scalars made of them; dtype
@@ -206,8 +209,20 @@ class Chain(Stages):
         assert weight is not None
         return apply_linear_row(x, weight, bias, norm_weight, norm_bias, None, seed, codes)
 
-    def run(self, x: Tensor, residual: Tensor | None = None, codes: Codes | None = None) -> Tensor:
-        """The chain as one operation, on an input that the guard has passed."""
+    def run(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        codes: Codes | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The chain as one operation, on an input that the guard has passed.
+
+        What each position gives is its own, so positions that the mask leaves out are made zero
+        afterwards.
+        """
+        if mask is not None:
+            return torch.where(mask.unsqueeze(-1), self.run(x, residual, codes), 0)
         norm_weight, norm_bias = self._norm_parameters()
         dims = 1 if self.norm is None else len(self.norm.normalized_shape)
         if self.linear is None:

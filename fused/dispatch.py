@@ -25,8 +25,9 @@ is_tracing = torch._C._is_tracing
 is_compiling = torch.compiler.is_dynamo_compiling
 _forward_ad = torch.autograd.forward_ad
 _AUTOCAST_DEVICES = ("cpu", "cuda")
-# What CUDA autocast computes, and returns, in float32 besides norms (ATen/autocast_mode.h):
+# What CUDA autocast computes, and returns, in float32 (ATen/autocast_mode.h): these norms;
 # softplus, and pow, which square is.
+AUTOCAST_FLOAT32_NORMS = ("layer", "rms", "group")
 _CUDA_AUTOCAST_FLOAT32 = (ACTIVATION_CODES["softplus"], ACTIVATION_CODES["relu_squared"])
 
 
@@ -55,7 +56,7 @@ def transformed() -> bool:
     return functorch_active() or _forward_ad._current_level >= 0
 
 
-def _composite(x: Tensor) -> bool:
+def composite(x: Tensor) -> bool:
     """Whether the chain runs as plain torch operators rather than as one operator."""
     if transformed():
         return True
@@ -64,7 +65,7 @@ def _composite(x: Tensor) -> bool:
     return choose("cpu" if x.is_cpu else x.device.type, x.dtype) == "reference"
 
 
-def _needs_gradient(*tensors: Tensor | None) -> bool:
+def needs_gradient(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is not None and t.requires_grad:
             return torch.is_grad_enabled()
@@ -82,7 +83,7 @@ def run_row(
     """y (rows, cols) from z (rows, cols); draws the seed when the chain drops and none is given."""
     if seed is None and codes[5]:
         seed = draw_seed(z.device)
-    if _composite(z):
+    if composite(z):
         return reference.row(z, epilogue_of(codes), None, norm_weight, norm_bias, residual, seed)
     return apply_row(z, norm_weight, norm_bias, residual, seed, codes)
 
@@ -96,7 +97,7 @@ def apply_row(
     codes: Codes,
 ) -> Tensor:
     """`run_row` by the operator, where that is known to serve; needs the seed."""
-    if _needs_gradient(z, norm_weight, norm_bias, residual):
+    if needs_gradient(z, norm_weight, norm_bias, residual):
         if not is_compiling() and small.is_small(z.numel(), z, codes):
             return small.row(z, norm_weight, norm_bias, residual, codes)
         z = contiguous_rows(z)
@@ -124,7 +125,7 @@ def run_linear_row(
     """y (rows, N) from x (rows, K) and weight (N, K)."""
     if seed is None and codes[5]:
         seed = draw_seed(x.device)
-    if _composite(x):
+    if composite(x):
         z = F.linear(x, weight, bias)
         return reference.row(z, epilogue_of(codes), None, norm_weight, norm_bias, residual, seed)
     return apply_linear_row(x, weight, bias, norm_weight, norm_bias, residual, seed, codes)
@@ -142,7 +143,7 @@ def apply_linear_row(
 ) -> Tensor:
     """`run_linear_row` by the operator, where that is known to serve; needs the seed."""
     elements = x.shape[0] * weight.shape[0]
-    if _needs_gradient(weight, x, bias, norm_weight, norm_bias, residual):
+    if needs_gradient(weight, x, bias, norm_weight, norm_bias, residual):
         if not is_compiling() and small.is_small(elements, x, codes):
             z = F.linear(x, weight, bias)
             return small.row(z, norm_weight, norm_bias, residual, codes)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from .norms import NORM_CLASSES, ChannelDropout
 from .spec import ACTIVATIONS, is_nan
 
 LINEAR, NORM, ACTIVATION, DROPOUT = range(4)
@@ -44,7 +45,16 @@ KIND_OF: dict[type, int] = {
     nn.RMSNorm: NORM,
     nn.Dropout: DROPOUT,
 } | dict.fromkeys(_ACTIVATION_OF, ACTIVATION)
-NORM_OF: dict[type, str] = {nn.LayerNorm: "layer", nn.RMSNorm: "rms"}
+NORM_OF: dict[type, str] = {nn.LayerNorm: "layer", nn.RMSNorm: "rms"} | NORM_CLASSES
+# Dropout of whole channels → the number of dimensions that it takes without a warning, batch and
+# channels included; None: any.
+CHANNEL_DROPOUTS: dict[type, int | None] = {
+    nn.Dropout1d: 3,
+    nn.Dropout2d: 4,
+    nn.Dropout3d: 5,
+    ChannelDropout: None,
+}
+KIND_OF |= dict.fromkeys(NORM_CLASSES, NORM) | dict.fromkeys(CHANNEL_DROPOUTS, DROPOUT)
 
 
 def _own_forward(kind: Any) -> Any:
@@ -112,6 +122,18 @@ def module_reason(child: nn.Module, expected: Any) -> str:
     return ""
 
 
+def touched(own: dict[str, Any], kind: Any, forward: Any) -> bool:
+    """`module_reason` in short, for a child whose class is known; `own` is its __dict__."""
+    return bool(
+        kind.forward is not forward
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
+
+
 def global_hooks() -> bool:
     """Whether hooks that apply to every module are set."""
     return bool(
@@ -129,7 +151,20 @@ def parameter_reason(
     parameters = child.__dict__["_parameters"]
     if name not in parameters:
         return f"its {name} is not a plain parameter"
-    t = parameters[name]
+    return tensor_of_child_reason(name, parameters[name], device, optional)
+
+
+def buffer_reason(child: nn.Module, name: str, device: torch.device) -> str:
+    """Why a buffer of the child cannot be read by a kernel on this device."""
+    buffers = child.__dict__["_buffers"]
+    if name not in buffers:
+        return f"its {name} is not a plain buffer"
+    return tensor_of_child_reason(name, buffers[name], device, optional=True)
+
+
+def tensor_of_child_reason(
+    name: str, t: Tensor | None, device: torch.device, optional: bool
+) -> str:
     if t is None:
         return "" if optional else f"it has no {name}"
     if type(t) not in PLAIN_TENSORS:

@@ -6,10 +6,13 @@ operators are opaque to torch.compile and know nothing of autograd (autograd.py 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .spec import NORM_NAMES
 
 # Which sums over the rows `row_backward` makes.
 WANT_NORM_WEIGHT, WANT_NORM_BIAS, WANT_BIAS = 1, 2, 4
@@ -35,7 +38,52 @@ _library.define(
     f" {_SCALARS}) -> (Tensor dz, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dbias)"
 )
 
-_OptionalTensor = Tensor | None
+# The channel operators take contiguous z: (samples, channels, positions), or with channels_last
+# (samples, positions, channels). mean and variance (biased) are (samples, groups) for group and
+# instance norm, (1, channels) for batch norm; None without a norm. mask (samples, positions), bool,
+# needs channels_last: positions where it is false take no part in statistics, gradients and sums,
+# and come out as zero. count is (samples,), for batch norm (1,): the elements behind each
+# statistic; empty (as an argument None) where the shape says it, which is without mask.
+# channel_dropout lays the mask of dropout over (samples, channels).
+_CHANNEL_PARAMETERS = "Tensor? norm_weight, Tensor? norm_bias"
+_CHANNEL_SCALARS = (
+    "int norm, int groups, bool channels_last, float eps, int activation, float alpha, float beta,"
+    " int threshold, bool channel_dropout"
+)
+_library.define(
+    "channel_statistics(Tensor z, Tensor? mask, int norm, int groups, bool channels_last)"
+    " -> (Tensor mean, Tensor variance, Tensor count)"
+)
+_library.define(
+    f"channel_forward(Tensor z, {_CHANNEL_PARAMETERS}, Tensor? residual, Tensor? mask,"
+    f" Tensor? seed, {_CHANNEL_SCALARS})"
+    " -> (Tensor y, Tensor mean, Tensor variance, Tensor count)"
+)
+_APPLY = (
+    f"Tensor? mean, Tensor? variance, {_CHANNEL_PARAMETERS}, Tensor? residual, Tensor? mask,"
+    f" Tensor? seed, {_CHANNEL_SCALARS}"
+)
+_library.define(f"channel_apply(Tensor z, {_APPLY}) -> Tensor y")
+_library.define(f"channel_apply_(Tensor(a!) z, {_APPLY}) -> ()")
+# constant: mean and variance do not depend on z (evaluation). dbias is the gradient of a bias (one
+# per channel) that z contains already, in z's dtype; zero where the norm takes it out again. Group
+# norm does not offer it.
+_library.define(
+    "channel_backward(Tensor dy, Tensor z, Tensor? mean, Tensor? variance, Tensor? count,"
+    f" {_CHANNEL_PARAMETERS}, Tensor? mask, Tensor? seed, int wanted, bool constant,"
+    f" {_CHANNEL_SCALARS})"
+    " -> (Tensor dz, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dbias)"
+)
+# The two halves of batch norm's backward, between which processes add up sums and count: sums is
+# (2, channels), of g and of g · x̂, where g is the gradient of the norm's output.
+_library.define(
+    f"channel_sums(Tensor dy, Tensor z, Tensor mean, Tensor variance, {_CHANNEL_PARAMETERS},"
+    f" Tensor? mask, Tensor? seed, {_CHANNEL_SCALARS}) -> Tensor sums"
+)
+_library.define(
+    "channel_gradient(Tensor dy, Tensor z, Tensor mean, Tensor variance, Tensor sums, Tensor count,"
+    f" {_CHANNEL_PARAMETERS}, Tensor? mask, Tensor? seed, {_CHANNEL_SCALARS}) -> Tensor dz"
+)
 
 
 def _statistics_dtype(z: Tensor) -> torch.dtype:
@@ -68,6 +116,80 @@ def _(dy, z, bias, norm_weight, norm_bias, statistics, seed, wanted, norm, eps, 
     )
 
 
+def _channels(z: Tensor, channels_last: bool) -> int:
+    return z.shape[2 if channels_last else 1]
+
+
+def _empty_statistics(
+    z: Tensor, mask: Tensor | None, norm: int, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _statistics_dtype(z)
+    samples = 1 if NORM_NAMES[norm] == "batch" else z.shape[0]
+    mean, variance = (z.new_empty((samples, groups), dtype=dtype) for _ in range(2))
+    return mean, variance, z.new_empty((samples if mask is not None else 0,), dtype=dtype)
+
+
+@torch.library.register_fake("fused_lnad::channel_statistics")
+def _(z, mask, norm, groups, channels_last):
+    return _empty_statistics(z, mask, norm, groups)
+
+
+@torch.library.register_fake("fused_lnad::channel_forward")
+def _(z, norm_weight, norm_bias, residual, mask, seed, norm, groups, channels_last, *scalars):
+    return z.new_empty(z.shape), *_empty_statistics(z, mask, norm, groups)
+
+
+@torch.library.register_fake("fused_lnad::channel_apply")
+def _(z, *rest):
+    return z.new_empty(z.shape)
+
+
+@torch.library.register_fake("fused_lnad::channel_apply_")
+def _(z, *rest):
+    return None
+
+
+@torch.library.register_fake("fused_lnad::channel_backward")
+def _(
+    dy,
+    z,
+    mean,
+    variance,
+    count,
+    norm_weight,
+    norm_bias,
+    mask,
+    seed,
+    wanted,
+    constant,
+    norm,
+    groups,
+    channels_last,
+    *scalars,
+):
+    def gradient(parameter: Tensor | None, bit: int) -> Tensor:
+        if parameter is None or not wanted & bit:
+            return z.new_empty((0,), dtype=_statistics_dtype(z))
+        return parameter.new_empty((_channels(z, channels_last),))
+
+    return (
+        z.new_empty(z.shape),
+        gradient(norm_weight if norm else None, WANT_NORM_WEIGHT),
+        gradient(norm_bias if norm else None, WANT_NORM_BIAS),
+        gradient(z, WANT_BIAS),
+    )
+
+
+@torch.library.register_fake("fused_lnad::channel_sums")
+def _(dy, z, mean, variance, norm_weight, norm_bias, mask, seed, norm, groups, channels_last, *s):
+    return z.new_empty((2, _channels(z, channels_last)), dtype=_statistics_dtype(z))
+
+
+@torch.library.register_fake("fused_lnad::channel_gradient")
+def _(dy, z, *rest):
+    return z.new_empty(z.shape)
+
+
 # ---- CUDA tensors: Triton; kernels/ is imported at the first call, not at import ----
 
 
@@ -89,15 +211,38 @@ def _triton_row_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
     return row_backward(dy, *args)
 
 
+def _triton_channel(name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        from .kernels import channel
+
+        return getattr(channel, name)(*args)
+
+    return call
+
+
 _library.impl("row_forward", _triton_row_forward, "CUDA")
 _library.impl("row_forward_", _triton_row_forward_, "CUDA")
 _library.impl("row_backward", _triton_row_backward, "CUDA")
 
+CHANNEL_OPERATORS = ("statistics", "forward", "apply", "apply_", "backward", "sums", "gradient")
+for _name in CHANNEL_OPERATORS:
+    _library.impl(f"channel_{_name}", _triton_channel(f"channel_{_name}"), "CUDA")
+
 # Differentiation is autograd.py's; without this, torch's fallback for operators that have none
 # would look through the arguments at every call.
-for _name in ("row_forward", "row_forward_", "row_backward"):
+for _name in (
+    *("row_forward", "row_forward_", "row_backward"),
+    *(f"channel_{name}" for name in CHANNEL_OPERATORS),
+):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 row_forward = torch.ops.fused_lnad.row_forward.default
 row_forward_ = torch.ops.fused_lnad.row_forward_.default
 row_backward = torch.ops.fused_lnad.row_backward.default
+channel_statistics = torch.ops.fused_lnad.channel_statistics.default
+channel_forward = torch.ops.fused_lnad.channel_forward.default
+channel_apply = torch.ops.fused_lnad.channel_apply.default
+channel_apply_ = torch.ops.fused_lnad.channel_apply_.default
+channel_backward = torch.ops.fused_lnad.channel_backward.default
+channel_sums = torch.ops.fused_lnad.channel_sums.default
+channel_gradient = torch.ops.fused_lnad.channel_gradient.default

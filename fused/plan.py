@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from .chain import Chain
+from .channel_chain import ChannelChain, is_channel_chain
 from .guard import KIND_OF
 
 _MINIMUM = 2
@@ -43,7 +44,9 @@ def make_steps(named: Sequence[tuple[str, nn.Module]]) -> list[Chain | Single]:
             end, last = end + 1, kind
         if end - start >= _MINIMUM:
             names = [name for name, _ in named[start:end]]
-            steps.append(Chain(names, [child for _, child in named[start:end]]))
+            children = [child for _, child in named[start:end]]
+            make = ChannelChain if is_channel_chain(children) else Chain
+            steps.append(make(names, children))
         else:
             end = start + 1
             steps.append(Single(*named[start]))

@@ -2,6 +2,8 @@
 
     y = residual + dropout(activation(norm(z + bias)))        over (rows, cols), norm along a row
 
+and, with norms over samples or positions, over three dimensions in memory order (`channel`).
+
 It runs the operators that nn.Sequential would run, in the input's dtype, so in float64 it is the
 oracle and in any other dtype it is eager itself; only the dropout mask is this library's
 (random.py). Autograd differentiates it, twice if need be.
@@ -10,13 +12,14 @@ oracle and in any other dtype it is eager itself; only the dropout mask is this 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .random import keep_mask
-from .spec import Epilogue, dropout_scale
+from .spec import ChannelEpilogue, Epilogue, dropout_scale
 
 _ACTIVATIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "relu": lambda h, a, b: F.relu(h),
@@ -87,3 +90,141 @@ def row(
         assert seed is not None
         y = dropout(y, epilogue.threshold, seed)
     return y if residual is None else residual + y
+
+
+def channel_statistics(
+    z: Tensor, epilogue: ChannelEpilogue, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics of batch, group or instance norm.
+
+    Args:
+        z: (samples, channels, positions) or, channels last, (samples, positions, channels).
+        mask: (samples, positions), bool; channels last only. False positions are left out.
+
+    Returns:
+        mean and biased variance, (samples, groups) or for batch norm (1, channels), in float32
+        (float64 for float64); count (samples,) or (1,), the elements behind each. Where there are
+        none, all three are zero.
+    """
+    x = z.to(torch.promote_types(z.dtype, torch.float32))
+    if not epilogue.channels_last:
+        x = x.transpose(1, 2)
+    samples, positions, channels = x.shape
+    present = x.new_ones(samples, positions) if mask is None else mask.to(x.dtype)
+    if epilogue.norm == "batch":
+        x, present = x.reshape(1, -1, channels), present.reshape(1, -1)
+    x = x.reshape(*x.shape[:2], epilogue.groups, channels // epilogue.groups)
+    weight = present[:, :, None, None]
+    count = present.sum(1) * x.shape[3]
+    divisor = count.clamp(min=1)[:, None]
+    # Not multiplied by zero: a position that is left out may hold inf or NaN.
+    mean = torch.where(weight > 0, x, 0).sum((1, 3)) / divisor
+    difference = torch.where(weight > 0, x - mean[:, None, :, None], 0)
+    return mean, difference.square().sum((1, 3)) / divisor, count
+
+
+def channel(
+    z: Tensor,
+    epilogue: ChannelEpilogue,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The epilogue of the norms over samples or positions, or of no norm.
+
+    Args:
+        z: (samples, channels, positions) or, channels last, (samples, positions, channels).
+        mean, variance: (1, channels), to normalise with; None: those of z itself.
+        norm_weight, norm_bias: (channels,) or None.
+        residual: of z's shape or None, added last.
+        mask: (samples, positions), bool, or None; channels last only. False positions take no part
+            and come out as zero.
+        seed: int64 (1,), needed when `epilogue.threshold` is not 0.
+
+    Returns:
+        of z's shape, in the dtype that eager gives.
+    """
+    x = z.transpose(1, 2) if epilogue.channels_last else z  # (samples, channels, positions)
+    h = x
+    if mean is not None and variance is not None:
+        h = F.batch_norm(
+            x, mean.view(-1), variance.view(-1), norm_weight, norm_bias, False, 0.0, epilogue.eps
+        )
+    elif mask is not None and epilogue.norm is not None:
+        h = _masked_norm(x, epilogue, norm_weight, norm_bias, mask)
+    elif epilogue.norm == "batch":
+        h = torch.batch_norm(x, norm_weight, norm_bias, None, None, True, 0.0, epilogue.eps, False)
+    elif epilogue.norm == "group":
+        h = torch.group_norm(x, epilogue.groups, norm_weight, norm_bias, epilogue.eps)
+    elif epilogue.norm == "instance":
+        h = torch.instance_norm(
+            x, norm_weight, norm_bias, None, None, True, 0.0, epilogue.eps, False
+        )
+    y = activate(h, epilogue.activation, epilogue.alpha, epilogue.beta)
+    y = y.transpose(1, 2) if epilogue.channels_last else y
+    if epilogue.threshold:
+        assert seed is not None
+        y = _channel_dropout(y, epilogue, seed)
+    y = y if residual is None else residual + y
+    return y if mask is None else torch.where(mask[:, :, None], y, torch.zeros_like(y))
+
+
+def _masked_norm(
+    x: Tensor,
+    epilogue: ChannelEpilogue,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mask: Tensor,
+) -> Tensor:
+    """Norm over the positions that the mask keeps; torch has none. x: (samples, channels, …)."""
+    z = x.transpose(1, 2)
+    # What is left out must not put inf or NaN into the gradients of the rest.
+    z = torch.where(mask[:, :, None], z, torch.zeros_like(z))
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    last = replace(epilogue, channels_last=True)
+    mean, variance, _ = channel_statistics(z, last, mask)
+    h = normalize_channels(z, last, mean, variance, norm_weight, norm_bias)
+    return h.to(x.dtype).transpose(1, 2)
+
+
+def normalize_channels(
+    z: Tensor,
+    epilogue: ChannelEpilogue,
+    mean: Tensor,
+    variance: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+) -> Tensor:
+    """(z - mean) / sqrt(variance + eps) · norm_weight + norm_bias, in the dtype of z.
+
+    Args:
+        z: (samples, channels, positions) or, channels last, (samples, positions, channels).
+        mean, variance: (samples, groups) or (1, channels), of at least float32.
+    """
+    x = z if epilogue.channels_last else z.transpose(1, 2)
+    width = x.shape[2] // mean.shape[1]
+    mean, variance = (t.repeat_interleave(width, 1)[:, None] for t in (mean, variance))
+    h = (x.to(mean.dtype) - mean) * torch.rsqrt(variance + epilogue.eps)
+    if norm_weight is not None:
+        h = h * norm_weight
+    if norm_bias is not None:
+        h = h + norm_bias
+    h = h.to(z.dtype)
+    return h if epilogue.channels_last else h.transpose(1, 2)
+
+
+def _channel_dropout(y: Tensor, epilogue: ChannelEpilogue, seed: Tensor) -> Tensor:
+    """Dropout of elements in memory order, or of whole channels of a sample."""
+    samples, rows, cols = y.shape
+    if not epilogue.channel_dropout:
+        return dropout(y.reshape(samples * rows, cols), epilogue.threshold, seed).view(y.shape)
+    channels = cols if epilogue.channels_last else rows
+    keep = keep_mask(samples, channels, epilogue.threshold, seed)
+    keep = keep[:, None, :] if epilogue.channels_last else keep[:, :, None]
+    compute = torch.promote_types(y.dtype, torch.float32)
+    factor = keep.to(compute) * dropout_scale(epilogue.threshold)
+    return (y.to(compute) * factor).to(y.dtype)

@@ -8,6 +8,7 @@ in the last place.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -19,14 +20,31 @@ from . import reference
 from .backend import choose, use_backend
 from .dispatch import default_eps
 from .functional import dropout_mask, linear_norm_act, norm_act
-from .spec import Epilogue, dropout_scale, dropout_threshold, make_epilogue
+from .spec import (
+    CHANNEL_NORMS,
+    ChannelEpilogue,
+    Epilogue,
+    dropout_scale,
+    dropout_threshold,
+    make_epilogue,
+)
 
 OPERATIONS = ("linear_norm_act", "norm_act")
 MODES = ("training", "inference")
 # The activation that each norm is tested with.
-ACTIVATION_OF: dict[str | None, str] = {"layer": "gelu", "rms": "silu", None: "relu"}
+ACTIVATION_OF: dict[str | None, str] = {
+    "layer": "gelu",
+    "rms": "silu",
+    None: "relu",
+    "batch": "relu",
+    "group": "silu",
+    "instance": "tanh",
+}
 # No multiple of a vector, of eight mask elements or of a tile.
 ROWS, FEATURES_IN, FEATURES = 37, 24, 101
+# For norms over samples or positions. linear_norm_act has its channels last, norm_act in dimension
+# 1, so that both layouts are tested.
+SAMPLES, POSITIONS, GROUPS = 3, 17, 6
 P, SEED = 0.25, 20240607
 EAGER_FACTOR = 2
 # In units in the last place of the largest element. In float64 the oracle is eager itself, so that
@@ -41,16 +59,21 @@ def _inputs(operation: str, norm: str | None, dtype: torch.dtype, device: str) -
         t = torch.randn(shape, generator=generator, dtype=torch.float64) * deviation + mean
         return t.to(dtype).to(device)
 
-    inputs = {"residual": make(ROWS, FEATURES)}
+    rows: tuple[int, ...] = (SAMPLES, POSITIONS) if norm in CHANNEL_NORMS else (ROWS,)
+    features = FEATURES + 1 if norm == "group" else FEATURES  # which must be a multiple of GROUPS
     if operation == "linear_norm_act":
-        inputs["x"] = make(ROWS, FEATURES_IN)
-        inputs["weight"] = make(FEATURES, FEATURES_IN, deviation=FEATURES_IN**-0.5)
-        inputs["bias"] = make(FEATURES, deviation=0.1)
+        inputs = {
+            "x": make(*rows, FEATURES_IN),
+            "weight": make(features, FEATURES_IN, deviation=FEATURES_IN**-0.5),
+            "bias": make(features, deviation=0.1),
+            "residual": make(*rows, features),
+        }
     else:
-        inputs["z"] = make(ROWS, FEATURES)
+        shape = (SAMPLES, features, POSITIONS) if norm in CHANNEL_NORMS else (*rows, features)
+        inputs = {"z": make(*shape), "residual": make(*shape)}
     if norm is not None:
-        inputs["norm_weight"] = make(FEATURES, mean=1.0, deviation=0.1)
-        inputs["norm_bias"] = make(FEATURES, deviation=0.1)
+        inputs["norm_weight"] = make(features, mean=1.0, deviation=0.1)
+        inputs["norm_bias"] = make(features, deviation=0.1)
     return inputs
 
 
@@ -71,7 +94,16 @@ def _plain(epilogue: Epilogue, **inputs: Tensor) -> Tensor:
     z = inputs["z"] if "z" in inputs else F.linear(*(inputs[k] for k in ("x", "weight", "bias")))
     rest = {k: inputs[k] for k in ("norm_weight", "norm_bias", "residual") if k in inputs}
     seed = torch.tensor([SEED], device=z.device)
-    return reference.row(z, epilogue, seed=seed, **rest)
+    if epilogue.norm not in CHANNEL_NORMS:
+        return reference.row(z, epilogue, seed=seed, **rest)
+    last = "x" in inputs
+    channels = z.shape[2 if last else 1]
+    over = ChannelEpilogue(
+        **asdict(epilogue),
+        groups=GROUPS if epilogue.norm == "group" else channels,
+        channels_last=last,
+    )
+    return reference.channel(z, over, seed=seed, **rest)
 
 
 def _check_mask(dtype: torch.dtype, device: str) -> None:
@@ -106,6 +138,8 @@ def self_test(
         "p": P,
         "training": training,
     }
+    if norm == "group":
+        options["num_groups"] = GROUPS
     # By its name: otherwise torch's own operators would serve inputs as small as these (small.py).
     with use_backend(choose(device, dtype)):
         got = _outcome(partial(call, seed=SEED, **options), inputs, mode)
@@ -118,6 +152,8 @@ def self_test(
     worst = 0.0
     for name, right in want.items():
         largest = float(right.abs().max())
+        if name == "bias" and norm in CHANNEL_NORMS:  # its terms cancel; theirs are of this size
+            largest = max(largest, float(want["norm_bias"].abs().max()))
         allowed = EAGER_FACTOR * float((eager[name].double() - right).abs().max())
         allowed += ULPS[dtype] * torch.finfo(dtype).eps * largest
         error = float((got[name].double() - right).abs().max())

@@ -16,11 +16,11 @@ _compiling = torch.compiler.is_dynamo_compiling
 class Sequential(nn.Sequential):
     """nn.Sequential that runs chains of its children as one operation each.
 
-    A chain is a maximal run of Linear, norm (LayerNorm, RMSNorm), activation, dropout in that
-    order, at least two of them. Children stay ordinary torch modules: same state_dict, same hooks,
-    same everything; and the result is always nn.Sequential's, dropout masks aside. A chain falls
-    back to its children one by one when something was done to one of them that a kernel would not
-    see; `plan` says what and why.
+    A chain is a maximal run of Linear, norm (LayerNorm, RMSNorm, BatchNorm, GroupNorm,
+    InstanceNorm), activation, dropout in that order, at least two of them. Children stay ordinary
+    torch modules: same state_dict, same hooks, same everything; and the result is always
+    nn.Sequential's, dropout masks aside. A chain falls back to its children one by one when
+    something was done to one of them that a kernel would not see; `plan` says what and why.
 
     Shape: the children's.
 

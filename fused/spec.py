@@ -5,6 +5,10 @@ the linear bias), y is what it writes, and
 
     y = residual + dropout(activation(norm(z + bias)))
 
+Norms whose statistics run along a row see z as (rows, cols); those whose statistics run over
+samples or positions see it as three dimensions in memory order, (samples, channels, positions) or,
+channels last, (samples, positions, channels).
+
 Adding an activation: one entry here, one pair in kernels/activation.py, one struct in
 csrc/activation.h, one line in reference.py. tests/test_architecture.py fails until all exist.
 """
@@ -51,8 +55,13 @@ ACTIVATIONS: dict[str, Activation] = {
 ACTIVATION_CODES: dict[str | None, int] = {None: 0} | {k: a.code for k, a in ACTIVATIONS.items()}
 ACTIVATION_NAMES: dict[int, str | None] = {code: name for name, code in ACTIVATION_CODES.items()}
 
-# Norms whose statistics run along a row of the (rows, cols) view.
-NORM_CODES: dict[str | None, int] = {None: 0, "layer": 1, "rms": 2}
+# Norms whose statistics run along a row of the (rows, cols) view, then those whose statistics run
+# over samples or positions.
+ROW_NORMS = ("layer", "rms")
+CHANNEL_NORMS = ("batch", "group", "instance")
+NORM_CODES: dict[str | None, int] = {None: 0} | {
+    name: code for code, name in enumerate((*ROW_NORMS, *CHANNEL_NORMS), start=1)
+}
 NORM_NAMES: dict[int, str | None] = {code: name for name, code in NORM_CODES.items()}
 
 # A dropout decision compares a 16-bit random number with this many thresholds.
@@ -95,6 +104,26 @@ class Epilogue:
             self.beta,
             self.threshold,
         )
+
+
+@dataclass(frozen=True)
+class ChannelEpilogue(Epilogue):
+    """The `Epilogue` of norms over samples or positions, and how channels lie in memory.
+
+    `groups` is the number of statistics of a sample, that is of channels for batch and instance
+    norm. `channels_last`: z is (samples, positions, channels), else (samples, channels, positions).
+    `channel_dropout`: whole channels of a sample are dropped.
+    """
+
+    groups: int = 1
+    channels_last: bool = False
+    channel_dropout: bool = False
+
+    @property
+    def channel_codes(self) -> tuple[int, int, bool, float, int, float, float, int, bool]:
+        """The channel operators' scalar arguments, in their order."""
+        layout = self.codes[0], self.groups, self.channels_last
+        return (*layout, *self.codes[1:], self.channel_dropout)
 
 
 def is_nan(value: Real | float) -> bool:

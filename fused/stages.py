@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import backend, guard
-from .dispatch import autocast_dtype, float32_under_autocast
+from .dispatch import AUTOCAST_FLOAT32_NORMS, autocast_dtype, float32_under_autocast
 from .guard import ACTIVATION, KIND_OF, NORM, NORM_OF, activation_of
 
 
@@ -24,9 +24,9 @@ class Stages:
     names: list[str]
     children: list[nn.Module]
     linear: nn.Linear | None = None
-    norm: nn.LayerNorm | nn.RMSNorm | None = None
+    norm: Any = None
     activation: nn.Module | None = None
-    dropout: nn.Dropout | None = None
+    dropout: Any = None
     types: list[type] = field(default_factory=list)
     norm_name: str | None = None
     # The activation of a chain of activation and dropout.
@@ -43,8 +43,7 @@ class Stages:
         if self.linear is None and self.norm is None:
             self.alone = self.activation
         if self.activation is not None:
-            first = self.alone is not None
-            self.attributes = guard.activation_attributes(self.activation, first)
+            self.attributes = guard.activation_attributes(self.activation, self._reads_input())
 
     def describe(self) -> str:
         """The chain in names: linear → layer → gelu → dropout."""
@@ -61,7 +60,11 @@ class Stages:
     def _activation_reason(self) -> str:
         if self.activation is None:
             return ""
-        return guard.activation_reason(self.activation, self.alone is not None)
+        return guard.activation_reason(self.activation, self._reads_input())
+
+    def _reads_input(self) -> bool:
+        """Whether the activation reads the chain's own input."""
+        return self.linear is None and self.norm is None
 
     def static_reason(self) -> str:
         """What stops the chain whatever the input is; empty when nothing does."""
@@ -92,9 +95,9 @@ class Stages:
             if reason:
                 return reason
         if norm is not None:
-            if float32_under_autocast(device.type, dtype, norm=True):
+            if float32_under_autocast(device.type, dtype, self.norm_name in AUTOCAST_FLOAT32_NORMS):
                 dtype = torch.float32
-            reason = guard.norm_reason(norm, device, dtype)
+            reason = self.norm_reason(device, dtype)
             if reason:
                 return f"{type(norm).__name__}: {reason}"
         if not served or backend.requested() == "reference":
@@ -125,12 +128,23 @@ class Stages:
             if features[-1] != inputs:
                 return f"Linear takes {inputs} features, the input has {features[-1]}"
             features = (*features[:-1], outputs)
-        if self.norm is not None:
-            shape = self.norm.normalized_shape
-            if features[len(features) - len(shape) :] != shape:
-                return f"the norm takes {shape}, its input is {features}"
+        reason = self.shape_reason(features)
+        if reason:
+            return reason
         if self.alone is not None and not x.is_contiguous() and guard.memory_order(x) is None:
             return "the input has gaps or overlaps in memory"
+        return ""
+
+    def norm_reason(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Why the norm's parameters cannot be read with an input of this device and dtype."""
+        return guard.norm_reason(self.norm, device, dtype)
+
+    def shape_reason(self, shape: tuple[int, ...]) -> str:
+        """What stops the chain for a norm's input of this shape."""
+        if self.norm is not None:
+            expected = self.norm.normalized_shape
+            if shape[len(shape) - len(expected) :] != expected:
+                return f"the norm takes {expected}, its input is {shape}"
         return ""
 
     def output_shape(self, x: Any) -> tuple[int, ...] | None:

@@ -3,13 +3,15 @@
     .venv/bin/python tests/accuracy.py
 
 Every norm × activation × dtype × shape class, dropout on; the oracle is the reference in float64.
-A ratio of 1 is eager's own error; tests/test_row.py holds every case to 2 and a few ulp.
+A ratio of 1 is eager's own error; tests/test_row.py and tests/test_channel.py hold every case to 2
+and a few ulp.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import channel_cases
 import torch
 from cases import EVERY_ACTIVATION, NORMS, make_epilogue, make_inputs, run_operator, run_reference
 
@@ -17,6 +19,9 @@ import fused
 from fused import backend, reference
 
 SHAPES = {"tiny (8, 64)": (8, 64), "odd (70, 1000)": (70, 1000), "long (4, 8192)": (4, 8192)}
+# Samples, channels, positions.
+CHANNEL_SHAPES = {"tiny (4, 8, 4)": (4, 8, 4), "odd (5, 30, 99)": (5, 30, 99)}
+CHANNEL_SHAPES["long (2, 6, 20000)"] = (2, 6, 20000)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LINEAR_NOTE = (
     "x (64, 128), 256 features, no dropout; activations without a kink, where the rounding of z"
@@ -32,9 +37,21 @@ def case_ratios(
     """Largest error of ours over the largest of eager's (at least half an ulp of the largest)."""
     inputs = make_inputs(*shape, dtype, norm)
     epilogue = make_epilogue(norm, activation, 0.1)
-    found = run_operator(inputs, epilogue)
-    oracle = run_reference(inputs, epilogue, torch.float64)
-    eager = run_reference(inputs, epilogue, dtype)
+    return ratios_of(
+        run_operator(inputs, epilogue),
+        run_reference(inputs, epilogue, torch.float64),
+        run_reference(inputs, epilogue, dtype),
+        dtype,
+    )
+
+
+def ratios_of(
+    found: dict[str, torch.Tensor],
+    oracle: dict[str, torch.Tensor],
+    eager: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """Largest error of ours over the largest of eager's (at least half an ulp of the largest)."""
     ratios = {}
     for name, result in found.items():
         floor = 0.5 * torch.finfo(dtype).eps * float(oracle[name].abs().max())
@@ -55,6 +72,41 @@ def table(dtype: torch.dtype) -> list[str]:
                     worst[name] = max(worst[name], (ratio, str(activation)))
             cells = [f"{r:.2f} ({a})" if a else "–" for r, a in worst.values()]
             lines.append(f"| {norm} | {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def channel_ratios(
+    shape: tuple[int, int, int],
+    norm: str,
+    activation: str | None,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> dict[str, float]:
+    """`case_ratios` of a norm over samples or positions."""
+    inputs = channel_cases.make_inputs(*shape, dtype, norm, channels_last)
+    epilogue = channel_cases.make_epilogue(norm, activation, 0.1, shape[1], 2, channels_last)
+    found = channel_cases.run_operator(inputs, epilogue)
+    found.pop("dbias", None)  # cancels to nothing
+    oracle = channel_cases.run_reference(inputs, epilogue, torch.float64)
+    eager = channel_cases.run_reference(inputs, epilogue, dtype)
+    return ratios_of(found, oracle, eager, dtype)
+
+
+def channel_table(dtype: torch.dtype) -> list[str]:
+    """Worst ratio over the activations, for each norm, layout, shape class and output."""
+    names = ("y", "dz", "dnorm_weight", "dnorm_bias")
+    lines = ["| norm | layout | shape | " + " | ".join(names) + " |", "|---" * 7 + "|"]
+    for norm in ("batch", "group", "instance"):
+        for last in (False, True):
+            for label, shape in CHANNEL_SHAPES.items():
+                worst = dict.fromkeys(names, (0.0, ""))
+                for activation in EVERY_ACTIVATION:
+                    found = channel_ratios(shape, norm, activation, dtype, last)
+                    for name, ratio in found.items():
+                        worst[name] = max(worst[name], (ratio, str(activation)))
+                cells = [f"{r:.2f} ({a})" for r, a in worst.values()]
+                layout = "channels last" if last else "channels first"
+                lines.append(f"| {norm} | {layout} | {label} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -115,7 +167,9 @@ def main() -> None:
     ]
     for dtype in DTYPES:
         print(f"{dtype} ...", flush=True)
-        lines += ["", f"## {str(dtype).removeprefix('torch.')}", "", *table(dtype)]
+        short = str(dtype).removeprefix("torch.")
+        lines += ["", f"## {short}", "", *table(dtype)]
+        lines += ["", f"### {short}, samples × channels × positions", "", *channel_table(dtype)]
     print("linear ...", flush=True)
     lines += ["", "## The whole block, Linear in front", "", LINEAR_NOTE, "", *linear_table()]
     lines += [

@@ -1,4 +1,4 @@
-"""The README's example runs, its commands exist, and its links lead somewhere."""
+"""The README's examples run, its commands exist, and its links lead somewhere."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ README = (ROOT / "README.md").read_text()
 WRITTEN = re.sub(r"<!-- bench:(\w+) -->.*?<!-- /bench:\1 -->", "", README, flags=re.DOTALL)
 
 
-def test_the_example_runs() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_examples_run() -> None:
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {"__name__": "readme"})

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -112,8 +113,11 @@ Tensor new_large_tensor(std::initializer_list<int64_t> sizes, const int64_t* str
 bool poison_new_tensors = false;
 
 Tensor new_tensor(std::initializer_list<int64_t> sizes, int32_t dtype) {
-  int64_t strides[2] = {1, 1};
-  if (sizes.size() == 2) strides[0] = *(sizes.begin() + 1);
+  const int64_t* const size = sizes.begin();
+  int64_t strides[3] = {1, 1, 1};
+  for (size_t i = sizes.size(); i-- > 1;) {
+    strides[i - 1] = strides[i] * std::max<int64_t>(size[i], 1);
+  }
   size_t bytes = aoti_torch_dtype_element_size(dtype);
   for (const int64_t extent : sizes) bytes *= static_cast<size_t>(extent);
   Tensor tensor;

@@ -8,15 +8,15 @@
 
 namespace fused {
 
-// A contiguous, uninitialised CPU tensor of one or two dimensions. Large ones come from a cache of
-// blocks that were used before (memory.cpp).
+// A contiguous, uninitialised CPU tensor of one to three dimensions. Large ones come from a cache
+// of blocks that were used before (memory.cpp).
 torch::stable::Tensor new_tensor(std::initializer_list<int64_t> sizes, int32_t dtype);
 
 // For tests: new tensors are filled with bytes of ones, which are NaN in every floating dtype.
 extern bool poison_new_tensors;
 
 // A buffer of the calling thread that survives the call; slot tells independent uses apart.
-constexpr int kBufferSlots = 5;
+constexpr int kBufferSlots = 15;
 void* thread_buffer(int slot, size_t bytes);
 
 // Bytes of the largest cache that this process's first CPU sees.

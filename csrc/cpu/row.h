@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
-namespace fused {
+#include "codes.h"
 
-enum class Norm : int { none = 0, layer = 1, rms = 2 };  // fused/spec.py
-enum class Storage : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
-constexpr int kStorages = 4, kActivations = 16;
+namespace fused {
 
 // y = residual + dropout(activation(norm(z + bias))) over (rows, cols).
 //
@@ -70,7 +68,6 @@ constexpr int64_t forward_scratch(int64_t cols) {
 constexpr int64_t backward_scratch(int64_t cols) { return cols; }
 
 struct RowKernels {
-  const char* name;
   ForwardKernel forward[kStorages][kActivations];
   BackwardKernel backward[kStorages][kActivations];
 };

@@ -4,7 +4,7 @@
 namespace fused {
 
 const RowKernels& row_kernels_avx2() {
-  static const RowKernels kernels = avx2::make_row_kernels("avx2");
+  static const RowKernels kernels = avx2::make_row_kernels();
   return kernels;
 }
 

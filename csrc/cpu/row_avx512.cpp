@@ -4,7 +4,7 @@
 namespace fused {
 
 const RowKernels& row_kernels_avx512() {
-  static const RowKernels kernels = avx512::make_row_kernels("avx512");
+  static const RowKernels kernels = avx512::make_row_kernels();
   return kernels;
 }
 

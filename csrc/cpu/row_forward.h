@@ -4,7 +4,7 @@
 #pragma once
 
 #include "row_statistics.h"
-// After math.h, as norm.h.
+// After pack.h, as norm.h.
 #include "../activation.h"
 
 namespace fused::FUSED_TARGET {

@@ -16,9 +16,8 @@ inline void fill_storage(RowKernels& kernels, Storage storage) {
 #undef FUSED_FILL
 }
 
-inline RowKernels make_row_kernels(const char* name) {
+inline RowKernels make_row_kernels() {
   RowKernels kernels{};
-  kernels.name = name;
   fill_storage<float>(kernels, Storage::f32);
   fill_storage<bfloat16>(kernels, Storage::bf16);
   fill_storage<float16>(kernels, Storage::f16);

@@ -4,7 +4,7 @@
 namespace fused {
 
 const RowKernels& row_kernels_portable() {
-  static const RowKernels kernels = portable::make_row_kernels("portable");
+  static const RowKernels kernels = portable::make_row_kernels();
   return kernels;
 }
 

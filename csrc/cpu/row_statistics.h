@@ -3,85 +3,19 @@
 
 #include <algorithm>
 
-#include "math.h"
-#include "random.h"
+#include "pack.h"
 #include "row.h"
-// After math.h: its templates need the functions of the vector type declared.
+// After pack.h: its templates need the functions of the vector type declared.
 #include "../norm.h"
 
 namespace fused::FUSED_TARGET {
 
-// Σ term(i, lanes) over the row, for two terms at once; term gives zero in absent lanes.
-template <class V, class F>
-FUSED_INLINE inline void accumulate(int64_t cols, V& first, V& second, const F& term) {
-  // Independent sums hide the latency of addition, and shorten the chain of roundings; one double
-  // at a time needs more of them for that.
-  constexpr int kLanes = kLanesOf<V>, kAccumulators = kLanes == 1 ? 16 : 4;
-  // One by one and unrolled: as a whole they would be kept, and cleared, in memory.
-  V sums[kAccumulators][2];
-#pragma GCC unroll 16
-  for (int k = 0; k < kAccumulators; ++k) sums[k][0] = sums[k][1] = V{};
-  int64_t i = 0;
-  for (; i + kAccumulators * kLanes <= cols; i += kAccumulators * kLanes) {
-#pragma GCC unroll 16
-    for (int k = 0; k < kAccumulators; ++k) {
-      term(i + k * kLanes, All<V>{}, sums[k][0], sums[k][1]);
-    }
-  }
-  for_each_vector<V>(i, cols,
-                     [&](int64_t j, auto n) FUSED_INLINE { term(j, n, sums[0][0], sums[0][1]); });
-#pragma GCC unroll 4
-  for (int half = kAccumulators / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int k = 0; k < half; ++k) {
-      sums[k][0] += sums[k + half][0];
-      sums[k][1] += sums[k + half][1];
-    }
-  }
-  first = sums[0][0];
-  second = sums[0][1];
-}
-
 // What does not depend on the activation, compiled once per storage type.
 template <class T>
-struct RowBase {
-  using C = Compute<T>;
-  using V = Vector<C>;
-  static constexpr int kLanes = kLanesOf<V>;
-
-  // A pack is what a kernel works on at a time: vectors enough to hide each other's latency and to
-  // share the branches on what is present.
-  static constexpr int kVectors = 4, kPack = kVectors * kLanes;
-  static_assert(kRandomBlock % kPack == 0);
-
-  // Calls body(i, vectors, lanes) over a row: whole packs, then single vectors.
-  template <class F>
-  FUSED_INLINE static void for_each_pack(int64_t cols, const F& body) {
-    int64_t i = 0;
-    for (; i + kPack <= cols; i += kPack) {
-      body(i, std::integral_constant<int, kVectors>{}, All<V>{});
-    }
-#if FUSED_AVX512
-    // A masked vector costs what a whole one does, and one body less is compiled.
-    constexpr bool kWhole = kLanes == 1;
-#else
-    constexpr bool kWhole = true;
-#endif
-    if constexpr (kWhole) {
-      for (; i + kLanes <= cols; i += kLanes) {
-        body(i, std::integral_constant<int, 1>{}, All<V>{});
-      }
-    }
-    if constexpr (kLanes > 1) {
-      for (; i < cols; i += kLanes) {
-        body(i, std::integral_constant<int, 1>{},
-             static_cast<int>(std::min<int64_t>(kLanes, cols - i)));
-      }
-    }
-  }
-
-  // A per-column or per-row array, null where absent.
-  static const C* array(const void* p) { return static_cast<const C*>(p); }
+struct RowBase : Packs<T> {
+  using Packs<T>::array;
+  using typename Packs<T>::C;
+  using typename Packs<T>::V;
 
   static bool must_copy(const RowProblem& problem) { return !std::is_same_v<T, C> || problem.bias; }
 
@@ -90,30 +24,6 @@ struct RowBase {
     V x = load(z + i, n);
     if (bias) x += load(bias + i, n);
     return x;
-  }
-
-  template <class N>
-  static void add_to(C* sum, int64_t i, V x, N n) {
-    store(sum + i, load(sum + i, n) + x, n);
-  }
-
-  template <class N>
-  static void store_output(T* p, V x, N n, bool streaming) {
-    if (std::is_same_v<N, All<V>> && streaming) {
-      store_streaming(p, x);
-    } else {
-      store(p, x, n);
-    }
-  }
-
-  // Asks for what is read a row or more later; the hardware prefetcher stops at page ends.
-  static void prefetch_pack(const T* p) {
-    constexpr int kPerLine = 64 / sizeof(T);
-    for (int i = 0; i < kPack; i += kPerLine) __builtin_prefetch(p + i, 0, 2);
-  }
-
-  static V dropout_scale(uint32_t threshold) {
-    return broadcast<V>(threshold < 65536 ? 65536.0 / (65536.0 - threshold) : 0.0);
   }
 
   // Rows whose statistics are taken together, so that the chain from a sum to its use is waited for

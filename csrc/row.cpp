@@ -1,148 +1,23 @@
 // The CPU implementations of the row operators (schemas: fused/ops.py), on libtorch's stable ABI.
 //
-// This file allocates, chooses the instruction set and splits the rows over threads; the
-// arithmetic is in cpu/row_forward.h and cpu/row_backward.h.
+// This file allocates and splits the rows over threads; the arithmetic is in cpu/row_forward.h and
+// cpu/row_backward.h.
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <optional>
-#include <string>
 #include <tuple>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "arguments.h"
 #include "cpu/memory.h"
-#include "cpu/row.h"
+#include "isa.h"
 
 namespace fused {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// ---- instruction set ----
-
-const RowKernels* find_kernels(const std::string& name) {
-  if (name == "portable") return &row_kernels_portable();
-#if !defined(FUSED_PORTABLE_ONLY)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-  if (name == "avx2" && avx2) return &row_kernels_avx2();
-  if (name == "avx512" && avx512) return &row_kernels_avx512();
-#endif
-  return nullptr;
-}
-
-const RowKernels* best_kernels() {
-  const char* wanted = std::getenv("FUSED_CPU_ISA");
-  if (wanted && *wanted) {
-    if (const RowKernels* kernels = find_kernels(wanted)) return kernels;
-    std::fprintf(stderr,
-                 "fused: FUSED_CPU_ISA=%s is not served by this machine; known: avx512, avx2, "
-                 "portable. The best one it has is used.\n",
-                 wanted);
-  }
-  for (const char* name : {"avx512", "avx2"}) {
-    if (const RowKernels* kernels = find_kernels(name)) return kernels;
-  }
-  return &row_kernels_portable();
-}
-
-const RowKernels*& active_kernels() {
-  static const RowKernels* kernels = best_kernels();
-  return kernels;
-}
-
-// Whether an output shall bypass the caches: one of half their size cannot stay there along with
-// its input. 8192 × 1024 float32 LayerNorm + ReLU: 2.0 against 1.6 ms forward (AMD EPYC 9004, 2
-// threads).
-bool worth_streaming(const Tensor& out) {
-  const size_t row = static_cast<size_t>(out.size(1)) * out.element_size();
-  return row % 64 == 0 && reinterpret_cast<uintptr_t>(out.data_ptr()) % 64 == 0 &&
-         row * static_cast<size_t>(out.size(0)) >= last_level_cache() / 2;
-}
-
-// ---- arguments ----
-
-Storage storage_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::f32;
-    case ScalarType::BFloat16:
-      return Storage::bf16;
-    case ScalarType::Half:
-      return Storage::f16;
-    case ScalarType::Double:
-      return Storage::f64;
-    default:
-      STD_TORCH_CHECK(false, "fused: the C++ kernels take float32, bfloat16, float16 or float64");
-  }
-}
-
-int32_t compute_dtype(Storage storage) {
-  return storage == Storage::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-}
-
-float half_to_float(uint16_t half) {
-  const uint32_t magnitude = (half & 0x7FFFu) << 13;
-  uint32_t bits = magnitude | 0x7F800000u;
-  if (magnitude < 0x0F800000u) {
-    float scaled;
-    memcpy(&scaled, &magnitude, 4);
-    scaled *= 0x1p112f;
-    memcpy(&bits, &scaled, 4);
-  }
-  bits |= (half & 0x8000u) << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-
-template <class C>
-C element_of(const Tensor& tensor, Storage storage, const void* data, int64_t i) {
-  switch (storage) {
-    case Storage::f32:
-      return static_cast<C>(static_cast<const float*>(data)[i]);
-    case Storage::f64:
-      return static_cast<C>(static_cast<const double*>(data)[i]);
-    case Storage::bf16: {
-      const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16;
-      float value;
-      memcpy(&value, &bits, 4);
-      return static_cast<C>(value);
-    }
-    case Storage::f16:
-      return static_cast<C>(half_to_float(static_cast<const uint16_t*>(data)[i]));
-  }
-  STD_TORCH_CHECK(false, "unreachable dtype ", static_cast<int>(tensor.scalar_type()));
-}
-
-// A (cols,) parameter in the compute type: itself, or converted into a buffer of this thread.
-const void* column_array(const OptionalTensor& tensor, Storage compute, int slot, int64_t cols) {
-  if (!tensor) return nullptr;
-  STD_TORCH_CHECK(tensor->numel() == cols && tensor->is_contiguous(),
-                  "fused: a per-column parameter must be contiguous with ", cols, " elements, got ",
-                  tensor->numel());
-  const Storage storage = storage_of(*tensor);
-  const void* data = tensor->data_ptr();
-  if (storage == compute) return data;
-  if (compute == Storage::f64) {
-    double* out = static_cast<double*>(thread_buffer(slot, sizeof(double) * cols));
-    for (int64_t i = 0; i < cols; ++i) out[i] = element_of<double>(*tensor, storage, data, i);
-    return out;
-  }
-  float* out = static_cast<float*>(thread_buffer(slot, sizeof(float) * cols));
-  for (int64_t i = 0; i < cols; ++i) out[i] = element_of<float>(*tensor, storage, data, i);
-  return out;
-}
 
 int64_t checked_row_stride(const Tensor& tensor, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(
@@ -166,25 +41,18 @@ struct Scalars {
 void fill_problem(RowProblem& problem, const Tensor& z, const OptionalTensor& bias,
                   const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
                   const OptionalTensor& seed, const Scalars& scalars) {
-  const Storage compute = storage_of(z) == Storage::f64 ? Storage::f64 : Storage::f32;
+  const Storage compute = compute_of(storage_of(z));
   STD_TORCH_CHECK(z.dim() == 2, "fused: z must be (rows, cols), got ", z.dim(), " dimensions");
   STD_TORCH_CHECK(scalars.norm >= 0 && scalars.norm <= 2, "fused: unknown norm code ",
                   scalars.norm);
-  STD_TORCH_CHECK(scalars.activation >= 0 && scalars.activation < kActivations,
-                  "fused: unknown activation code ", scalars.activation);
-  STD_TORCH_CHECK(scalars.threshold >= 0 && scalars.threshold <= 65536,
-                  "fused: the dropout threshold must be in [0, 65536], got ", scalars.threshold);
+  check_activation(scalars.activation);
   problem.cols = z.size(1);
   problem.norm = static_cast<Norm>(scalars.norm);
   problem.eps = scalars.eps;
   problem.alpha = scalars.alpha;
   problem.beta = scalars.beta;
   problem.threshold = static_cast<uint32_t>(scalars.threshold);
-  if (problem.threshold) {
-    STD_TORCH_CHECK(seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
-                    "fused: dropout needs a seed, an int64 tensor of one element");
-    memcpy(&problem.seed, seed->data_ptr(), sizeof(problem.seed));
-  }
+  problem.seed = checked_seed(scalars.threshold, seed);
   problem.z = z.data_ptr();
   problem.z_stride = checked_row_stride(z, z, "z");
   problem.bias = column_array(bias, compute, 0, problem.cols);
@@ -194,11 +62,8 @@ void fill_problem(RowProblem& problem, const Tensor& z, const OptionalTensor& bi
 
 // ---- forward ----
 
-// Below this many elements a second thread costs more than it saves.
-constexpr int64_t kGrain = 16384;
-
 void run_forward(const RowForward& problem, int64_t rows, Storage storage, int64_t activation) {
-  const ForwardKernel kernel = active_kernels()->forward[static_cast<int>(storage)][activation];
+  const ForwardKernel kernel = active_kernels().row.forward[static_cast<int>(storage)][activation];
   const size_t scratch = sizeof(double) * forward_scratch(problem.cols);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, problem.cols));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
@@ -228,8 +93,7 @@ std::tuple<Tensor, Tensor> row_forward(Tensor z, OptionalTensor bias, OptionalTe
                {norm, eps, activation, alpha, beta, threshold});
   const Storage storage = storage_of(z);
   const int64_t rows = z.size(0), cols = z.size(1);
-  int32_t dtype;
-  aoti_torch_get_dtype(z.get(), &dtype);
+  const int32_t dtype = dtype_of(z);
   Tensor y = new_tensor({rows, cols}, dtype);
   Tensor statistics = new_tensor({statistics_of(problem.norm), rows}, compute_dtype(storage));
   if (rows && cols) {
@@ -240,7 +104,7 @@ std::tuple<Tensor, Tensor> row_forward(Tensor z, OptionalTensor bias, OptionalTe
     problem.y = y.data_ptr();
     problem.y_stride = cols;
     place_statistics(problem, statistics.data_ptr(), rows, storage);
-    problem.streaming = worth_streaming(y);
+    problem.streaming = worth_streaming(y, cols);
     run_forward(problem, rows, storage, activation);
   } else if (statistics.numel()) {  // rows without elements
     memset(statistics.data_ptr(), 0,
@@ -271,9 +135,6 @@ void row_forward_inplace(Tensor z, OptionalTensor bias, OptionalTensor norm_weig
 }
 
 // ---- backward ----
-
-// Which column sums are made (fused/ops.py).
-constexpr int64_t kWantNormWeight = 1, kWantNormBias = 2, kWantBias = 4;
 
 // Column sums are taken over chunks of rows, then over the chunks in order. The chunks depend on
 // the number of rows alone, so the bits do not change with the number of threads.
@@ -316,8 +177,7 @@ Tensor finish_sum(const PartialSum& sum, int64_t chunks, int64_t cols, Storage c
     float* data = static_cast<float*>(sum.partial.data_ptr());
     add_chunks(data, chunks, cols, data);
   }
-  int32_t dtype;
-  aoti_torch_get_dtype(like->get(), &dtype);
+  const int32_t dtype = dtype_of(*like);
   const bool same_dtype = dtype == compute_dtype(compute);
   if (same_dtype && chunks == 1) return sum.partial;
   Tensor out = new_tensor({cols}, dtype);
@@ -339,10 +199,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
   fill_problem(problem, z, bias, norm_weight, norm_bias, seed,
                {norm, eps, activation, alpha, beta, threshold});
   const Storage storage = storage_of(z);
-  const Storage compute = storage == Storage::f64 ? Storage::f64 : Storage::f32;
+  const Storage compute = compute_of(storage);
   const int64_t rows = z.size(0), cols = z.size(1);
-  int32_t dtype;
-  aoti_torch_get_dtype(z.get(), &dtype);
+  const int32_t dtype = dtype_of(z);
   problem.dy = dy.data_ptr();
   problem.dy_stride = checked_row_stride(dy, z, "dy");
   STD_TORCH_CHECK(statistics.numel() == statistics_of(problem.norm) * rows &&
@@ -362,8 +221,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
   const PartialSum dbias(wanted & kWantBias, chunks, cols, sum_dtype);
   if (rows && cols) {
     problem.dz = dz.data_ptr();
-    problem.streaming = worth_streaming(dz);
-    const BackwardKernel kernel = active_kernels()->backward[static_cast<int>(storage)][activation];
+    problem.streaming = worth_streaming(dz, cols);
+    const BackwardKernel kernel =
+        active_kernels().row.backward[static_cast<int>(storage)][activation];
     const size_t scratch = sizeof(double) * backward_scratch(cols);
     const int64_t grain = std::max<int64_t>(1, kGrain / (per_chunk * cols));
     torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
@@ -381,21 +241,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
 }
 
 }  // namespace
-
-// Called by fused/backend.py through ctypes: neither takes part in a computation.
-extern "C" __attribute__((visibility("default"))) const char* fused_cpu_isa() {
-  return active_kernels()->name;
-}
-
-extern "C" __attribute__((visibility("default"))) int fused_set_cpu_isa(const char* name) {
-  const RowKernels* kernels = find_kernels(name);
-  if (kernels) active_kernels() = kernels;
-  return kernels != nullptr;
-}
-
-extern "C" __attribute__((visibility("default"))) void fused_poison_outputs(int on) {
-  poison_new_tensors = on != 0;
-}
 
 }  // namespace fused
 

@@ -1,0 +1,122 @@
+// Arguments: what is checked and converted before a kernel sees it.
+#include "arguments.h"
+
+#include <cstdint>
+#include <cstring>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "cpu/memory.h"
+
+namespace fused {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Storage storage_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Storage::f32;
+    case ScalarType::BFloat16:
+      return Storage::bf16;
+    case ScalarType::Half:
+      return Storage::f16;
+    case ScalarType::Double:
+      return Storage::f64;
+    default:
+      STD_TORCH_CHECK(false, "fused: the C++ kernels take float32, bfloat16, float16 or float64");
+  }
+}
+
+int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype;
+  aoti_torch_get_dtype(tensor.get(), &dtype);
+  return dtype;
+}
+
+int32_t compute_dtype(Storage storage) {
+  return storage == Storage::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+namespace {
+
+float half_to_float(uint16_t half) {
+  const uint32_t magnitude = (half & 0x7FFFu) << 13;
+  uint32_t bits = magnitude | 0x7F800000u;
+  if (magnitude < 0x0F800000u) {
+    float scaled;
+    memcpy(&scaled, &magnitude, 4);
+    scaled *= 0x1p112f;
+    memcpy(&bits, &scaled, 4);
+  }
+  bits |= (half & 0x8000u) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+template <class C>
+C element_of(const Tensor& tensor, Storage storage, const void* data, int64_t i) {
+  switch (storage) {
+    case Storage::f32:
+      return static_cast<C>(static_cast<const float*>(data)[i]);
+    case Storage::f64:
+      return static_cast<C>(static_cast<const double*>(data)[i]);
+    case Storage::bf16: {
+      const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16;
+      float value;
+      memcpy(&value, &bits, 4);
+      return static_cast<C>(value);
+    }
+    case Storage::f16:
+      return static_cast<C>(half_to_float(static_cast<const uint16_t*>(data)[i]));
+  }
+  STD_TORCH_CHECK(false, "unreachable dtype ", static_cast<int>(tensor.scalar_type()));
+}
+
+}  // namespace
+
+const void* column_array(const OptionalTensor& tensor, Storage compute, int slot, int64_t cols) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(tensor->numel() == cols && tensor->is_contiguous(),
+                  "fused: a per-column parameter must be contiguous with ", cols, " elements, got ",
+                  tensor->numel());
+  const Storage storage = storage_of(*tensor);
+  const void* data = tensor->data_ptr();
+  if (storage == compute) return data;
+  if (compute == Storage::f64) {
+    double* out = static_cast<double*>(thread_buffer(slot, sizeof(double) * cols));
+    for (int64_t i = 0; i < cols; ++i) out[i] = element_of<double>(*tensor, storage, data, i);
+    return out;
+  }
+  float* out = static_cast<float*>(thread_buffer(slot, sizeof(float) * cols));
+  for (int64_t i = 0; i < cols; ++i) out[i] = element_of<float>(*tensor, storage, data, i);
+  return out;
+}
+
+void check_activation(int64_t activation) {
+  STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "fused: unknown activation code ",
+                  activation);
+}
+
+uint64_t checked_seed(int64_t threshold, const OptionalTensor& seed) {
+  STD_TORCH_CHECK(threshold >= 0 && threshold <= 65536,
+                  "fused: the dropout threshold must be in [0, 65536], got ", threshold);
+  uint64_t value = 0;
+  if (threshold) {
+    STD_TORCH_CHECK(seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
+                    "fused: dropout needs a seed, an int64 tensor of one element");
+    memcpy(&value, seed->data_ptr(), sizeof(value));
+  }
+  return value;
+}
+
+// 8192 × 1024 float32 LayerNorm + ReLU: 2.0 against 1.6 ms forward (AMD EPYC 9004, 2 threads).
+bool worth_streaming(const Tensor& out, int64_t cols) {
+  const size_t size = out.element_size();
+  return static_cast<size_t>(cols) * size % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(out.data_ptr()) % 64 == 0 &&
+         static_cast<size_t>(out.numel()) * size >= last_level_cache() / 2;
+}
+
+}  // namespace fused

@@ -1,0 +1,42 @@
+// Reading the arguments of the CPU operators: dtypes, parameters, seed.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "cpu/codes.h"
+
+namespace fused {
+
+using OptionalTensor = std::optional<torch::stable::Tensor>;
+
+// Which sums the backward operators make (fused/ops.py).
+constexpr int64_t kWantNormWeight = 1, kWantNormBias = 2, kWantBias = 4;
+
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t kGrain = 16384;
+
+Storage storage_of(const torch::stable::Tensor& tensor);
+int32_t dtype_of(const torch::stable::Tensor& tensor);
+
+// The type that a storage type is computed in, and its code in torch.
+inline Storage compute_of(Storage storage) {
+  return storage == Storage::f64 ? Storage::f64 : Storage::f32;
+}
+int32_t compute_dtype(Storage storage);
+
+// A (cols,) parameter in the compute type: itself, or converted into a buffer of this thread.
+const void* column_array(const OptionalTensor& tensor, Storage compute, int slot, int64_t cols);
+
+void check_activation(int64_t activation);
+
+// The seed of dropout, after a check of the threshold; 0 without dropout.
+uint64_t checked_seed(int64_t threshold, const OptionalTensor& seed);
+
+// Whether an output in rows of `cols` shall bypass the caches: one of half their size cannot stay
+// there along with its input.
+bool worth_streaming(const torch::stable::Tensor& out, int64_t cols);
+
+}  // namespace fused

@@ -1,0 +1,247 @@
+// A problem of the channel operators: what the arguments are, and how memory is seen as rows.
+//
+// A row holds the positions of one channel (By::row), or all channels of a position (By::column).
+// Few positions to a channel make rows that are too short for that: a sample is then one row of
+// channels · positions, whose coefficients repeat for the positions of a channel. For the same
+// reason, rows of few channels are taken several together, as one line.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "arguments.h"
+#include "cpu/channel.h"
+#include "cpu/memory.h"
+
+namespace fused {
+
+// Elements that a thread works on at a time: both passes of a statistic, or the passes of forward
+// or backward, find them in the second-level cache.
+constexpr int64_t kPiece = 65536;
+
+// Which buffers of a thread are in use (memory.h); 0 to 4 are also the row operators'.
+enum Slot : int {
+  kWeightSlot = 0,
+  kBiasSlot = 1,
+  kMeanSlot = 2,
+  kKernelSlot = 3,
+  kVarianceSlot = 4,
+  kSharedSlot = 5,       // coefficients that all threads read
+  kOwnSlot = 6,          // coefficients of one thread
+  kPartialSlot = 7,      // partial results that other threads read
+  kGradientSlot = 8,     // g between the two passes of backward
+  kColumnSlot = 9,       // a kernel's results for columns
+  kOwnPartialSlot = 10,  // partial results of one thread
+  kSumsSlot = 11,        // sums of all blocks
+  kMeansSlot = 12,       // and what they give each statistic
+  kCountSlot = 13,
+  kTotalsSlot = 14,  // what the parameters' gradients are made of
+};
+
+struct ChannelScalars {
+  int64_t norm, groups;
+  bool channels_last;
+  double eps;
+  int64_t activation;
+  double alpha, beta;
+  int64_t threshold;
+  bool channel_dropout;
+};
+
+struct ChannelProblem {
+  ChannelProblem(const torch::stable::Tensor& z, const OptionalTensor& norm_weight,
+                 const OptionalTensor& norm_bias, const OptionalTensor& mask,
+                 const OptionalTensor& seed, const ChannelScalars& scalars);
+
+  // Checks that a tensor is like z, and gives its data.
+  void* data_like_z(const torch::stable::Tensor& tensor, const char* name) const;
+  void set_out(const torch::stable::Tensor& tensor);
+
+  Storage storage, compute;
+  int64_t samples, channels, positions, groups;
+  bool channels_last;
+  Norm norm;
+  double eps;
+  const void *weight, *bias;  // of the norm, in the compute type; null where absent
+  uint32_t channel_threshold = 0;
+
+  const ChannelKernels* kernels;
+  ChannelStages stages;
+  int through;  // as Through
+
+  By by;
+  int64_t rows, cols;    // rows of a sample; elements of a row
+  int64_t inner = 1;     // consecutive elements of a row that are one channel's
+  int64_t fold = 1;      // rows to a line
+  int64_t row_counters;  // counters of dropout to a row
+
+  const void* z;
+  const void* dy = nullptr;
+  const void* residual = nullptr;
+  void* out = nullptr;
+  const bool* mask = nullptr;
+
+  int64_t all_rows() const { return samples * rows; }
+  int64_t element_size() const;
+  int64_t elements() const { return samples * rows * cols; }
+  // Samples whose statistics are apart, and channels that share one.
+  int64_t blocks() const { return norm == Norm::group || norm == Norm::instance ? samples : 1; }
+  int64_t width() const { return channels / groups; }
+  bool is_batch() const { return norm == Norm::batch; }
+
+  // `count` rows from a row on, counted over all samples; or columns [start, start + size) of one.
+  ChannelRows view(int64_t row, int64_t count) const;
+  ChannelRows view_part(int64_t row, int64_t start, int64_t size) const;
+  // By::row: the rows of a group; for batch norm, those of a channel in all samples.
+  ChannelRows view_group(int64_t sample, int64_t group) const;
+
+  const void* z_at(int64_t element) const;
+  int64_t present(int64_t row, int64_t count) const;  // rows that the mask leaves in
+
+  // Calls kernel on rows of By::column as lines, and after each call done(cols).
+  template <class F>
+  void run_lines(ChannelKernel kernel, const ChannelRows& given, const F& done) const {
+    ChannelRows work = given;
+    const int64_t lines = given.rows / fold, rest = given.rows % fold;
+    if (lines) {
+      work.rows = lines;
+      work.cols = work.stride = fold * cols;
+      work.row_counters = static_cast<uint64_t>(fold * row_counters);
+      kernel(stages, work);
+      done(work.cols);
+    }
+    if (rest) {
+      advance(work, lines * fold * cols, static_cast<uint64_t>(lines * fold * row_counters));
+      work.rows = 1;
+      work.cols = work.stride = rest * cols;
+      kernel(stages, work);
+      done(work.cols);
+    }
+  }
+  // Moves the pointers on; not those of a mask, with which lines are rows.
+  void advance(ChannelRows& work, int64_t elements, uint64_t counters) const;
+};
+
+// Statistics in the compute type: for each block groups means and variances. rows = 1: the same for
+// all samples; 0: there is no norm.
+template <class C>
+struct ChannelStatistics {
+  const C *mean = nullptr, *variance = nullptr;
+  int64_t rows = 0;
+  int64_t row_of(int64_t sample) const { return rows > 1 ? sample : 0; }
+};
+
+// 1 / √(variance + eps).
+double reciprocal_deviation(double variance, double eps);
+
+// Arrays of coefficients (cpu/channel.h) in a buffer of the calling thread.
+template <class C>
+struct CoefficientArrays {
+  // Of `channels` channels; By::column, spread along a line.
+  CoefficientArrays(const ChannelProblem& problem, Slot slot, int64_t channels);
+
+  // Fills all but slope and offset, for the channels [first, last) of a sample.
+  void fill(const ChannelStatistics<C>& statistics, int64_t sample, int64_t first, int64_t last);
+  // Fills slope and offset from mean_s(g·w) and mean_s(g·w·x̂), two for each group from the first
+  // channel's on.
+  void fill_gradient(const ChannelStatistics<C>& statistics, const double* means, int64_t sample,
+                     int64_t first, int64_t last);
+  Coefficients from(int64_t channel) const;  // By::row: those of the channels from this one on
+
+ private:
+  void spread(C* array, int64_t count) const;
+
+  const ChannelProblem& problem_;
+  C *mean_, *scale_, *shift_, *factor_, *slope_, *offset_;
+};
+
+// ---- channel_statistics.cpp ----
+
+// Mean and biased variance of every statistic; present: with a mask, the elements behind those of
+// each block, else null.
+template <class C>
+void channel_statistics(const ChannelProblem& problem, C* mean, C* variance, C* present);
+
+// Whether a thread can go over what is behind a statistic again while it is in the cache: a group
+// (By::row; for batch norm, of all samples) or a sample (By::column).
+bool is_small(const ChannelProblem& problem, int64_t bytes_of_element);
+
+// The statistics of one of these, by the calling thread.
+template <class C>
+void statistics_of_group(const ChannelProblem& problem, int64_t sample, int64_t group, C* mean,
+                         C* variance);
+template <class C>
+void statistics_of_sample(const ChannelProblem& problem, int64_t sample, C* mean, C* variance,
+                          C* present);
+
+// ---- channel_forward.cpp ----
+
+template <class C>
+void channel_apply(const ChannelProblem& problem, const ChannelStatistics<C>& statistics);
+template <class C>
+void channel_forward(const ChannelProblem& problem, C* mean, C* variance, C* present);
+
+// Calls body(first row, rows, sample) by several threads for all rows, in pieces of one sample, or
+// where `joined`, of any.
+template <class F>
+void for_each_piece(const ChannelProblem& problem, bool joined, const F& body) {
+  const int64_t rows = joined ? problem.all_rows() : problem.rows;
+  const int64_t per_piece = std::max<int64_t>(1, kPiece / problem.cols);
+  torch::stable::parallel_for(0, problem.all_rows(), std::max<int64_t>(1, kGrain / problem.cols),
+                              [&](int64_t begin, int64_t end) {
+                                // Backwards: what was read last by the pass before is found in the
+                                // caches.
+                                while (end > begin) {
+                                  const int64_t of_sample = (end - 1) / rows * rows;
+                                  const int64_t first =
+                                      std::max({begin, end - per_piece, of_sample});
+                                  body(first, end - first, of_sample / rows);
+                                  end = first;
+                                }
+                              });
+}
+
+// ---- channel_sums.cpp ----
+
+// Σ g and Σ g·x̂, two for each block and channel, rounded to the compute type. If the problem has an
+// out, it becomes dz = g·scale; sums: null where that is all that is wanted.
+template <class C>
+void channel_sums(const ChannelProblem& problem, const ChannelStatistics<C>& statistics,
+                  double* sums);
+
+// Adds Σ g and Σ g·(z − mean) over rows of By::column to two for each channel.
+template <class C>
+void add_column_sums(const ChannelProblem& problem, ChannelRows& work, double* sums);
+
+// Makes Σ g·x̂ of Σ g·(z − mean), and rounds, for the channels [first, last) of a block.
+template <class C>
+void normalize_sums(const ChannelProblem& problem, const ChannelStatistics<C>& statistics,
+                    int64_t block, int64_t first, int64_t last, double* sums);
+
+// ---- channel_backward.cpp ----
+
+// What the parameters' gradients are made of, arrays of `channels`; null: not wanted.
+struct ChannelTotals {
+  double* g;   // Σ g over samples and positions
+  double* gx;  // Σ g·x̂
+  double* gs;  // Σ g·scale
+};
+
+// present: the elements behind the statistics of each block; null: as the shape says.
+template <class C>
+void channel_backward(const ChannelProblem& problem, const ChannelStatistics<C>& statistics,
+                      const C* present, bool constant, const ChannelTotals& totals);
+
+// dz from the sums of all blocks.
+template <class C>
+void channel_gradient(const ChannelProblem& problem, const ChannelStatistics<C>& statistics,
+                      const C* present, const double* sums);
+
+inline double* double_buffer(Slot slot, int64_t count) {
+  return static_cast<double*>(thread_buffer(slot, sizeof(double) * static_cast<size_t>(count)));
+}
+
+}  // namespace fused

@@ -1,0 +1,252 @@
+// Backward: the sums, the means that they give each statistic, dz, and the parameters' gradients.
+//
+// As in forward, a group or a sample that is small enough is finished while it is in the cache;
+// else all sums are made first, and g is made again for dz.
+#include "channel.h"
+
+namespace fused {
+namespace {
+
+template <class C>
+struct Backward {
+  const ChannelProblem& p;
+  const ChannelStatistics<C>& statistics;
+  const C* present;
+  const int64_t channels = p.channels, groups = p.groups, width = p.width();
+
+  C weight(int64_t channel) const {
+    return p.weight ? static_cast<const C*>(p.weight)[channel] : C(1);
+  }
+
+  ChannelKernel kernel(int through) const {
+    return p.kernels->gradient[static_cast<int>(p.storage)][static_cast<int>(p.by)][through];
+  }
+
+  // mean_s(g·w) and mean_s(g·w·x̂) of the groups [first, last) of a block; sums and means from the
+  // first one's on.
+  void fill_means(int64_t block, int64_t first, int64_t last, const double* sums,
+                  double* means) const {
+    const double count = present ? static_cast<double>(present[statistics.row_of(block)])
+                                 : static_cast<double>(p.elements() / p.blocks() / groups);
+    const double share = count > 0 ? 1.0 / count : 0.0;
+    for (int64_t channel = first * width; channel < last * width; means += 2) {
+      double g = 0, gx = 0;
+      for (int64_t i = 0; i < width; ++i, ++channel, sums += 2) {
+        g += static_cast<double>(weight(channel)) * sums[0];
+        gx += static_cast<double>(weight(channel)) * sums[1];
+      }
+      means[0] = g * share;
+      means[1] = gx * share;
+    }
+  }
+
+  void add_totals(int64_t block, int64_t first, int64_t last, const double* sums,
+                  const ChannelTotals& totals) const {
+    for (int64_t c = first; c < last; ++c, sums += 2) {
+      if (totals.g) totals.g[c] += sums[0];
+      if (totals.gx) totals.gx[c] += sums[1];
+      if (!totals.gs) continue;
+      double scale = static_cast<double>(weight(c));
+      if (statistics.rows) {
+        const int64_t k = statistics.row_of(block) * groups + c / width;
+        scale *= reciprocal_deviation(static_cast<double>(statistics.variance[k]), p.eps);
+      }
+      totals.gs[c] += sums[0] * scale;
+    }
+  }
+
+  void gradient(const double* means) const {
+    const bool shared = statistics.rows <= 1 && !p.channel_threshold;
+    CoefficientArrays<C> common(p, kSharedSlot, shared ? channels : 0);
+    if (shared) {
+      common.fill(statistics, 0, 0, channels);
+      common.fill_gradient(statistics, means, 0, 0, channels);
+    }
+    const auto body = [&](int64_t row, int64_t count, int64_t sample) {
+      ChannelRows work = p.view(row, count);
+      const int64_t first = p.by == By::row ? row - sample * p.rows : 0;
+      if (shared) {
+        work.coefficients = common.from(first);
+      } else {
+        const int64_t last = p.by == By::row ? first + count : channels;
+        CoefficientArrays<C> own(p, kOwnSlot, last - first);
+        own.fill(statistics, sample, first, last);
+        const int64_t group = statistics.row_of(sample) * groups + first / width;
+        own.fill_gradient(statistics, means + 2 * group, sample, first, last);
+        work.coefficients = own.from(0);
+      }
+      if (p.by == By::row) {
+        kernel(p.through)(p.stages, work);
+      } else {
+        p.run_lines(kernel(p.through), work, [](int64_t) {});
+      }
+    };
+    for_each_piece(p, shared && p.by == By::column, body);
+  }
+
+  // ---- a group or a sample at a time ----
+
+  // Whether g is kept between the passes, not made again: where it costs more than a comparison.
+  bool keeps() const { return p.through == static_cast<int>(Through::stage) || p.stages.threshold; }
+
+  C* kept(int64_t size) const {
+    return keeps() ? static_cast<C*>(
+                         thread_buffer(kGradientSlot, sizeof(C) * static_cast<size_t>(size)))
+                   : nullptr;
+  }
+  int through_of_second() const {
+    return keeps() ? static_cast<int>(Through::gradient) : p.through;
+  }
+
+  void small_by_row(double* sums) const {
+    const int64_t runs = p.is_batch() ? p.samples : width, size = p.cols * runs;
+    const ChannelKernel first_pass =
+        p.kernels->sums[static_cast<int>(p.storage)][static_cast<int>(By::row)][p.through];
+    const ChannelKernel second_pass = kernel(through_of_second());
+    const int64_t grain = std::max<int64_t>(1, kGrain / size);
+    torch::stable::parallel_for(0, p.blocks() * groups, grain, [&](int64_t begin, int64_t end) {
+      CoefficientArrays<C> own(p, kOwnSlot, width);
+      double* const of_rows = double_buffer(kOwnPartialSlot, 2 * runs);
+      C* const gradient = kept(size);
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t sample = k / groups, group = k % groups, first = group * width;
+        double* const of_group = sums + 2 * k * width;
+        own.fill(statistics, sample, first, first + width);
+        ChannelRows work = p.view_group(sample, group);
+        work.coefficients = own.from(0);
+        work.gradient = gradient;
+        work.sums = of_rows;
+        void* const dz = work.out;
+        work.out = nullptr;
+        first_pass(p.stages, work);
+        work.out = dz;
+        std::fill_n(of_group, 2 * width, 0.0);
+        for (int64_t i = 0; i < runs; ++i) {
+          double* const of_channel = of_group + (p.is_batch() ? 0 : 2 * i);
+          of_channel[0] += of_rows[2 * i];
+          of_channel[1] += of_rows[2 * i + 1];
+        }
+        normalize_sums(p, statistics, sample, first, first + width, of_group);
+        double means[2];
+        fill_means(sample, group, group + 1, of_group, means);
+        own.fill_gradient(statistics, means, sample, first, first + width);
+        second_pass(p.stages, work);
+      }
+    });
+  }
+
+  // Samples whose totals are made together.
+  int64_t samples_of_piece() const { return std::max<int64_t>(1, kPiece / (p.rows * p.cols)); }
+  int64_t sample_pieces() const {
+    return (p.samples + samples_of_piece() - 1) / samples_of_piece();
+  }
+
+  // Leaves 3 · channels doubles for each piece of samples: the totals g, gx, gs.
+  void small_by_column(double* partial) const {
+    const int64_t per_piece = samples_of_piece();
+    const ChannelKernel second_pass = kernel(through_of_second());
+    torch::stable::parallel_for(0, sample_pieces(), 1, [&](int64_t begin, int64_t end) {
+      CoefficientArrays<C> own(p, kOwnSlot, channels);
+      double* const sums = double_buffer(kOwnPartialSlot, 2 * (channels + groups));
+      double* const means = sums + 2 * channels;
+      C* const gradient = kept(p.rows * p.cols);
+      for (int64_t piece = begin; piece < end; ++piece) {
+        double* const of_piece = partial + piece * 3 * channels;
+        std::fill_n(of_piece, 3 * channels, 0.0);
+        const int64_t last = std::min(p.samples, (piece + 1) * per_piece);
+        for (int64_t sample = piece * per_piece; sample < last; ++sample) {
+          own.fill(statistics, sample, 0, channels);
+          ChannelRows work = p.view(sample * p.rows, p.rows);
+          work.coefficients = own.from(0);
+          work.gradient = gradient;
+          void* const dz = work.out;
+          work.out = nullptr;
+          std::fill_n(sums, 2 * channels, 0.0);
+          add_column_sums<C>(p, work, sums);
+          work.out = dz;
+          normalize_sums(p, statistics, sample, 0, channels, sums);
+          fill_means(sample, 0, groups, sums, means);
+          own.fill_gradient(statistics, means, sample, 0, channels);
+          p.run_lines(second_pass, work, [](int64_t) {});
+          add_totals(sample, 0, channels, sums,
+                     {of_piece, of_piece + channels, of_piece + 2 * channels});
+        }
+      }
+    });
+  }
+};
+
+}  // namespace
+
+template <class C>
+void channel_gradient(const ChannelProblem& p, const ChannelStatistics<C>& statistics,
+                      const C* present, const double* sums) {
+  if (!p.elements()) return;
+  const Backward<C> backward{p, statistics, present};
+  const int64_t blocks = statistics.rows, groups = p.groups;
+  double* const means = double_buffer(kMeansSlot, 2 * blocks * groups);
+  for (int64_t block = 0; block < blocks; ++block) {
+    backward.fill_means(block, 0, groups, sums + 2 * block * p.channels,
+                        means + 2 * block * groups);
+  }
+  backward.gradient(means);
+}
+
+template <class C>
+void channel_backward(const ChannelProblem& p, const ChannelStatistics<C>& statistics,
+                      const C* present, bool constant, const ChannelTotals& totals) {
+  const Backward<C> backward{p, statistics, present};
+  const bool wanted = totals.g || totals.gx || totals.gs;
+  const int64_t channels = p.channels;
+  for (double* const total : {totals.g, totals.gx, totals.gs}) {
+    if (total) std::fill_n(total, channels, 0.0);
+  }
+  if (!p.elements()) return;
+  const bool small = !constant && statistics.rows == p.blocks() &&
+                     is_small(p, 2 * p.element_size() + (backward.keeps() ? sizeof(C) : 0));
+  if (small && p.by == By::column) {
+    const int64_t pieces = backward.sample_pieces();
+    double* const partial = double_buffer(kPartialSlot, 3 * channels * pieces);
+    backward.small_by_column(partial);
+    for (int64_t piece = 0; wanted && piece < pieces; ++piece) {
+      const double* const next = partial + piece * 3 * channels;
+      for (int64_t c = 0; c < channels; ++c) {
+        if (totals.g) totals.g[c] += next[c];
+        if (totals.gx) totals.gx[c] += next[channels + c];
+        if (totals.gs) totals.gs[c] += next[2 * channels + c];
+      }
+    }
+    return;
+  }
+  const int64_t blocks = std::max<int64_t>(1, statistics.rows);
+  double* const sums =
+      constant && !wanted ? nullptr : double_buffer(kSumsSlot, 2 * blocks * channels);
+  if (small) {
+    backward.small_by_row(sums);
+  } else if (constant) {
+    channel_sums(p, statistics, sums);
+  } else {
+    ChannelProblem without_out = p;
+    without_out.out = nullptr;
+    channel_sums(without_out, statistics, sums);
+    channel_gradient(p, statistics, present, sums);
+  }
+  if (!wanted) return;
+  torch::stable::parallel_for(
+      0, channels, std::max<int64_t>(1, kGrain / 4 / blocks), [&](int64_t begin, int64_t end) {
+        for (int64_t block = 0; block < blocks; ++block) {
+          backward.add_totals(block, begin, end, sums + 2 * (block * channels + begin), totals);
+        }
+      });
+}
+
+#define FUSED_INSTANTIATE(C)                                                                   \
+  template void channel_gradient(const ChannelProblem&, const ChannelStatistics<C>&, const C*, \
+                                 const double*);                                               \
+  template void channel_backward(const ChannelProblem&, const ChannelStatistics<C>&, const C*, \
+                                 bool, const ChannelTotals&);
+FUSED_INSTANTIATE(float)
+FUSED_INSTANTIATE(double)
+#undef FUSED_INSTANTIATE
+
+}  // namespace fused

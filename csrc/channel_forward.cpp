@@ -1,0 +1,86 @@
+// Forward: each group right after its statistics where it is small enough to be in the cache still,
+// else all statistics first.
+#include "channel.h"
+
+namespace fused {
+namespace {
+
+ChannelKernel forward_kernel(const ChannelProblem& p) {
+  return p.kernels->forward[static_cast<int>(p.storage)][static_cast<int>(p.by)][p.through];
+}
+
+}  // namespace
+
+template <class C>
+void channel_apply(const ChannelProblem& p, const ChannelStatistics<C>& statistics) {
+  if (!p.elements()) return;
+  const ChannelKernel kernel = forward_kernel(p);
+  const bool shared = statistics.rows <= 1 && !p.channel_threshold;
+  CoefficientArrays<C> common(p, kSharedSlot, shared ? p.channels : 0);
+  if (shared) common.fill(statistics, 0, 0, p.channels);
+  for_each_piece(p, shared && p.by == By::column, [&](int64_t row, int64_t count, int64_t sample) {
+    ChannelRows work = p.view(row, count);
+    const int64_t first = p.by == By::row ? row - sample * p.rows : 0;
+    if (shared) {
+      work.coefficients = common.from(first);
+    } else {
+      const int64_t last = p.by == By::row ? first + count : p.channels;
+      CoefficientArrays<C> own(p, kOwnSlot, last - first);
+      own.fill(statistics, sample, first, last);
+      work.coefficients = own.from(0);
+    }
+    if (p.by == By::row) {
+      kernel(p.stages, work);
+    } else {
+      p.run_lines(kernel, work, [](int64_t) {});
+    }
+  });
+}
+
+template <class C>
+void channel_forward(const ChannelProblem& p, C* mean, C* variance, C* present) {
+  if (!p.elements() || !is_small(p, p.element_size())) {
+    channel_statistics(p, mean, variance, present);
+    channel_apply(p, ChannelStatistics<C>{mean, variance, p.blocks()});
+    return;
+  }
+  const ChannelKernel kernel = forward_kernel(p);
+  if (p.by == By::column) {
+    const int64_t grain = std::max<int64_t>(1, kGrain / (p.rows * p.cols));
+    torch::stable::parallel_for(0, p.samples, grain, [&](int64_t begin, int64_t end) {
+      CoefficientArrays<C> own(p, kOwnSlot, p.channels);
+      for (int64_t sample = begin; sample < end; ++sample) {
+        statistics_of_sample(p, sample, mean + sample * p.groups, variance + sample * p.groups,
+                             present ? present + sample : nullptr);
+        own.fill({mean, variance, p.samples}, sample, 0, p.channels);
+        ChannelRows work = p.view(sample * p.rows, p.rows);
+        work.coefficients = own.from(0);
+        p.run_lines(kernel, work, [](int64_t) {});
+      }
+    });
+    return;
+  }
+  const int64_t groups = p.groups, width = p.width();
+  const int64_t size = p.cols * (p.is_batch() ? p.samples : width);
+  torch::stable::parallel_for(
+      0, p.blocks() * groups, std::max<int64_t>(1, kGrain / size), [&](int64_t begin, int64_t end) {
+        CoefficientArrays<C> own(p, kOwnSlot, width);
+        for (int64_t k = begin; k < end; ++k) {
+          const int64_t sample = k / groups, group = k % groups;
+          statistics_of_group(p, sample, group, mean + k, variance + k);
+          own.fill({mean, variance, p.blocks()}, sample, group * width, (group + 1) * width);
+          ChannelRows work = p.view_group(sample, group);
+          work.coefficients = own.from(0);
+          kernel(p.stages, work);
+        }
+      });
+}
+
+#define FUSED_INSTANTIATE(C)                                                       \
+  template void channel_apply(const ChannelProblem&, const ChannelStatistics<C>&); \
+  template void channel_forward(const ChannelProblem&, C*, C*, C*);
+FUSED_INSTANTIATE(float)
+FUSED_INSTANTIATE(double)
+#undef FUSED_INSTANTIATE
+
+}  // namespace fused

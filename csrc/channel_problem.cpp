@@ -1,0 +1,266 @@
+// Checks of the channel operators' arguments, rows and lines, and coefficients.
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "channel.h"
+#include "cpu/random.h"
+#include "isa.h"
+
+namespace fused {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+// Rows of fewer positions than this are taken together, a sample at a time.
+constexpr int64_t kFewPositions = 16;
+// Lines have at least about so many elements.
+constexpr int64_t kLine = 256;
+
+int64_t counters_of(int64_t cols) { return (cols + kElementsPerCounter - 1) / kElementsPerCounter; }
+
+void* moved(const void* p, int64_t bytes) {
+  return p ? const_cast<char*>(static_cast<const char*>(p)) + bytes : nullptr;
+}
+
+int64_t size_of(Storage storage) {
+  return storage == Storage::f64 ? 8 : storage == Storage::f32 ? 4 : 2;
+}
+
+}  // namespace
+
+double reciprocal_deviation(double variance, double eps) { return 1.0 / std::sqrt(variance + eps); }
+
+ChannelProblem::ChannelProblem(const Tensor& z_, const OptionalTensor& norm_weight,
+                               const OptionalTensor& norm_bias, const OptionalTensor& mask_,
+                               const OptionalTensor& seed, const ChannelScalars& scalars)
+    : storage(storage_of(z_)),
+      compute(compute_of(storage)),
+      channels_last(scalars.channels_last),
+      norm(static_cast<Norm>(scalars.norm)),
+      eps(scalars.eps),
+      kernels(&active_kernels().channel) {
+  STD_TORCH_CHECK(z_.dim() == 3, "fused: z must be (samples, channels, positions), got ", z_.dim(),
+                  " dimensions");
+  STD_TORCH_CHECK(z_.is_contiguous(), "fused: z must be contiguous");
+  STD_TORCH_CHECK(scalars.norm == 0 || (scalars.norm >= 3 && scalars.norm <= 5),
+                  "fused: norm code ", scalars.norm,
+                  " is not one of batch, group or instance norm");
+  samples = z_.size(0);
+  channels = z_.size(channels_last ? 2 : 1);
+  positions = z_.size(channels_last ? 1 : 2);
+  groups = norm == Norm::group ? scalars.groups : channels;
+  STD_TORCH_CHECK(norm == Norm::none || (scalars.groups == groups && groups >= 0 &&
+                                         (groups == 0 ? channels == 0 : channels % groups == 0)),
+                  "fused: ", scalars.groups, " groups do not divide ", channels, " channels",
+                  norm == Norm::group ? "" : " (batch and instance norm have one each)");
+  z = z_.data_ptr();
+  if (mask_) {
+    STD_TORCH_CHECK(channels_last, "fused: a mask needs channels_last");
+    STD_TORCH_CHECK(mask_->dim() == 2 && mask_->size(0) == samples && mask_->size(1) == positions &&
+                        mask_->scalar_type() == ScalarType::Bool && mask_->is_contiguous(),
+                    "fused: mask must be contiguous, bool, (", samples, ", ", positions, ")");
+    mask = static_cast<const bool*>(mask_->data_ptr());
+  }
+  weight = norm == Norm::none ? nullptr : column_array(norm_weight, compute, kWeightSlot, channels);
+  bias = norm == Norm::none ? nullptr : column_array(norm_bias, compute, kBiasSlot, channels);
+
+  check_activation(scalars.activation);
+  stages.seed = checked_seed(scalars.threshold, seed);
+  (scalars.channel_dropout ? channel_threshold : stages.threshold) =
+      static_cast<uint32_t>(scalars.threshold);
+  const int of_compute = compute == Storage::f64;
+  stages.alpha = scalars.alpha;
+  stages.beta = scalars.beta;
+  through = static_cast<int>(Through::stage);
+  if (scalars.activation <= 1) {  // none and relu
+    through = static_cast<int>(Through::comparison);
+    stages.alpha = scalars.activation ? 0 : std::numeric_limits<double>::quiet_NaN();
+  }
+  stages.value = kernels->value[of_compute][scalars.activation];
+  stages.gradient = kernels->gradient_stage[of_compute][scalars.activation];
+
+  const bool aligned = !stages.threshold || positions % kElementsPerCounter == 0;
+  by = channels_last || (positions < kFewPositions && aligned) ? By::column : By::row;
+  if (by == By::row) {
+    rows = channels;
+    cols = positions;
+    row_counters = counters_of(positions);
+  } else {
+    inner = channels_last ? 1 : positions;
+    rows = channels_last ? positions : 1;
+    cols = channels * inner;
+    row_counters = channels_last ? counters_of(channels) : channels * counters_of(positions);
+    const bool foldable = !mask && (!stages.threshold || cols % kElementsPerCounter == 0);
+    if (foldable && cols) fold = std::max<int64_t>(1, kLine / cols);
+    if (!is_batch() && norm != Norm::none) fold = std::min(fold, std::max<int64_t>(1, rows));
+  }
+}
+
+void* ChannelProblem::data_like_z(const Tensor& tensor, const char* name) const {
+  STD_TORCH_CHECK(tensor.dim() == 3 && tensor.size(0) == samples &&
+                      tensor.size(channels_last ? 2 : 1) == channels &&
+                      tensor.size(channels_last ? 1 : 2) == positions && tensor.is_contiguous() &&
+                      storage_of(tensor) == storage,
+                  "fused: ", name, " must be contiguous, with the shape and dtype of z");
+  return tensor.data_ptr();
+}
+
+void ChannelProblem::set_out(const Tensor& tensor) {
+  out = tensor.data_ptr();
+  stages.streaming = worth_streaming(tensor, cols);
+}
+
+ChannelRows ChannelProblem::view(int64_t row, int64_t count) const {
+  ChannelRows work;
+  work.rows = count;
+  work.cols = work.stride = cols;
+  work.z = z;
+  work.dy = dy;
+  work.residual = residual;
+  work.out = out;
+  work.mask = mask ? mask + row : nullptr;
+  work.row_counters = static_cast<uint64_t>(row_counters);
+  advance(work, row * cols, static_cast<uint64_t>(row) * work.row_counters);
+  return work;
+}
+
+ChannelRows ChannelProblem::view_part(int64_t row, int64_t start, int64_t size) const {
+  ChannelRows work = view(row, 1);
+  advance(work, start, static_cast<uint64_t>(start / kElementsPerCounter));
+  work.cols = size;
+  return work;
+}
+
+ChannelRows ChannelProblem::view_group(int64_t sample, int64_t group) const {
+  if (!is_batch()) return view(sample * rows + group * width(), width());
+  ChannelRows work = view(group, samples);
+  work.stride = rows * cols;
+  work.row_counters = static_cast<uint64_t>(rows * row_counters);
+  work.coefficient_step = 0;
+  return work;
+}
+
+int64_t ChannelProblem::element_size() const { return size_of(storage); }
+
+void ChannelProblem::advance(ChannelRows& work, int64_t elements, uint64_t counters) const {
+  const int64_t bytes = elements * size_of(storage);
+  work.z = moved(work.z, bytes);
+  work.dy = moved(work.dy, bytes);
+  work.residual = moved(work.residual, bytes);
+  work.out = moved(work.out, bytes);
+  work.gradient = moved(work.gradient, elements * size_of(compute));
+  work.counter += counters;
+}
+
+const void* ChannelProblem::z_at(int64_t element) const {
+  return moved(z, element * size_of(storage));
+}
+
+int64_t ChannelProblem::present(int64_t row, int64_t count) const {
+  return mask ? std::count(mask + row, mask + row + count, true) : count;
+}
+
+// ---- coefficients ----
+
+template <class C>
+CoefficientArrays<C>::CoefficientArrays(const ChannelProblem& problem, Slot slot, int64_t channels)
+    : problem_(problem) {
+  const int64_t size = channels * problem.inner * problem.fold;
+  mean_ = static_cast<C*>(thread_buffer(slot, sizeof(C) * static_cast<size_t>(6 * size)));
+  scale_ = mean_ + size;
+  shift_ = scale_ + size;
+  slope_ = shift_ + size;
+  offset_ = slope_ + size;
+  factor_ = problem.channel_threshold ? offset_ + size : nullptr;
+}
+
+template <class C>
+void CoefficientArrays<C>::fill(const ChannelStatistics<C>& statistics, int64_t sample,
+                                int64_t first, int64_t last) {
+  const ChannelProblem& p = problem_;
+  const int64_t count = last - first;
+  const C* const weight = p.weight ? static_cast<const C*>(p.weight) + first : nullptr;
+  const C* const bias = p.bias ? static_cast<const C*>(p.bias) + first : nullptr;
+  if (!statistics.rows) {
+    std::fill_n(mean_, count, C(0));
+    std::fill_n(scale_, count, C(1));
+  } else {
+    const int64_t width = p.width(), base = statistics.row_of(sample) * p.groups;
+    for (int64_t group = first / width; group * width < last; ++group) {
+      const C mean = statistics.mean[base + group];
+      const C rstd = static_cast<C>(
+          reciprocal_deviation(static_cast<double>(statistics.variance[base + group]), p.eps));
+      const int64_t end = std::min(last, (group + 1) * width) - first;
+      for (int64_t i = std::max(first, group * width) - first; i < end; ++i) {
+        mean_[i] = mean;
+        scale_[i] = weight ? rstd * weight[i] : rstd;
+      }
+    }
+  }
+  // −0 leaves every number as it is, also −0.
+  for (int64_t i = 0; i < count; ++i) shift_[i] = bias ? bias[i] : C(-0.0);
+  if (factor_) {
+    const uint32_t threshold = p.channel_threshold;
+    const double scale = threshold < 65536 ? 65536.0 / (65536.0 - threshold) : 0.0;
+    const portable::PhiloxKeys keys(p.stages.seed);
+    portable::KeepBlock keep;
+    const uint64_t counter =
+        static_cast<uint64_t>(sample) * static_cast<uint64_t>(counters_of(p.channels));
+    for (int64_t channel = first; channel < last; ++channel) {
+      const int64_t offset = channel % portable::kRandomBlock;
+      if (offset == 0 || channel == first) {
+        keep.draw(keys, counter + static_cast<uint64_t>((channel - offset) / kElementsPerCounter),
+                  threshold);
+      }
+      factor_[channel - first] = static_cast<C>(keep.factor(static_cast<int>(offset), scale));
+    }
+    spread(factor_, count);
+  }
+  spread(mean_, count);
+  spread(scale_, count);
+  spread(shift_, count);
+}
+
+template <class C>
+void CoefficientArrays<C>::fill_gradient(const ChannelStatistics<C>& statistics,
+                                         const double* means, int64_t sample, int64_t first,
+                                         int64_t last) {
+  const ChannelProblem& p = problem_;
+  const int64_t width = p.width(), row = statistics.row_of(sample);
+  const C* const variance = statistics.variance + row * p.groups;
+  for (int64_t group = first / width; group * width < last; ++group, means += 2) {
+    const double rstd = reciprocal_deviation(static_cast<double>(variance[group]), p.eps);
+    const int64_t begin = std::max(first, group * width), end = std::min(last, (group + 1) * width);
+    std::fill(slope_ + (begin - first), slope_ + (end - first),
+              static_cast<C>(-rstd * rstd * means[1]));
+    std::fill(offset_ + (begin - first), offset_ + (end - first), static_cast<C>(-rstd * means[0]));
+  }
+  spread(slope_, last - first);
+  spread(offset_, last - first);
+}
+
+template <class C>
+void CoefficientArrays<C>::spread(C* array, int64_t count) const {
+  if (problem_.by == By::row) return;
+  const int64_t inner = problem_.inner, cols = count * inner;
+  for (int64_t i = count; inner > 1 && i-- > 0;) {
+    const C value = array[i];
+    std::fill_n(array + i * inner, inner, value);
+  }
+  for (int64_t k = 1; k < problem_.fold; ++k) std::copy_n(array, cols, array + k * cols);
+}
+
+template <class C>
+Coefficients CoefficientArrays<C>::from(int64_t channel) const {
+  return {mean_ + channel,  scale_ + channel,
+          shift_ + channel, factor_ ? factor_ + channel : nullptr,
+          slope_ + channel, offset_ + channel};
+}
+
+template struct CoefficientArrays<float>;
+template struct CoefficientArrays<double>;
+
+}  // namespace fused

@@ -1,0 +1,170 @@
+// The sums of backward: of g and g·x̂ over the positions of each channel, of all samples or apart.
+//
+// They are taken of pieces that depend on the shape alone and added in order, in double.
+#include "channel.h"
+
+namespace fused {
+namespace {
+
+ChannelKernel sums_kernel(const ChannelProblem& p) {
+  return p.kernels->sums[static_cast<int>(p.storage)][static_cast<int>(p.by)][p.through];
+}
+
+template <class C>
+bool is_shared(const ChannelProblem& p, const ChannelStatistics<C>& statistics) {
+  return statistics.rows <= 1 && !p.channel_threshold;
+}
+
+template <class C>
+void sums_by_row(const ChannelProblem& p, const ChannelStatistics<C>& statistics, double* sums) {
+  const int64_t pieces = (p.cols + kPiece - 1) / kPiece, rows = p.all_rows();
+  double* const partial = sums ? double_buffer(kPartialSlot, 2 * rows * pieces) : nullptr;
+  const ChannelKernel kernel = sums_kernel(p);
+  const bool shared = is_shared(p, statistics);
+  CoefficientArrays<C> common(p, kSharedSlot, shared ? p.channels : 0);
+  if (shared) common.fill(statistics, 0, 0, p.channels);
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::min(p.cols, kPiece));
+  torch::stable::parallel_for(0, rows * pieces, grain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t row = begin / pieces, sample = row / p.channels, first = row % p.channels;
+      // As many rows as the sample has left, or one piece of a long row.
+      const int64_t count = pieces == 1 ? std::min(end - begin, p.channels - first) : 1;
+      const int64_t start = begin % pieces * kPiece;
+      ChannelRows work = pieces == 1 ? p.view(row, count)
+                                     : p.view_part(row, start, std::min(kPiece, p.cols - start));
+      if (shared) {
+        work.coefficients = common.from(first);
+      } else {
+        CoefficientArrays<C> own(p, kOwnSlot, count);
+        own.fill(statistics, sample, first, first + count);
+        work.coefficients = own.from(0);
+      }
+      work.sums = partial ? partial + 2 * begin : nullptr;
+      kernel(p.stages, work);
+      begin += count;
+    }
+  });
+  if (!sums) return;
+  const bool apart = statistics.rows > 1;
+  const int64_t of_one = apart ? 1 : p.samples, count = apart ? rows : p.channels;
+  torch::stable::parallel_for(
+      0, count, std::max<int64_t>(1, kGrain / 16 / of_one), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          double g = 0, gd = 0;
+          for (int64_t sample = 0; sample < of_one; ++sample) {
+            const double* next = partial + 2 * (i + sample * p.channels) * pieces;
+            for (int64_t piece = 0; piece < pieces; ++piece, next += 2) {
+              g += next[0];
+              gd += next[1];
+            }
+          }
+          sums[2 * i] = g;
+          sums[2 * i + 1] = gd;
+        }
+      });
+}
+
+template <class C>
+void sums_by_column(const ChannelProblem& p, const ChannelStatistics<C>& statistics, double* sums) {
+  // Pieces of a sample where its coefficients are its own, else of all rows.
+  const bool shared = is_shared(p, statistics);
+  const int64_t blocks = shared ? 1 : p.samples, rows = p.all_rows() / blocks;
+  const int64_t per_piece = p.fold * std::clamp<int64_t>(kPiece / (p.fold * p.cols), 1, 512);
+  const int64_t pieces = (rows + per_piece - 1) / per_piece, size = 2 * p.channels;
+  double* const partial = sums ? double_buffer(kPartialSlot, blocks * pieces * size) : nullptr;
+  CoefficientArrays<C> common(p, kSharedSlot, shared ? p.channels : 0);
+  if (shared) common.fill(statistics, 0, 0, p.channels);
+  const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(rows, per_piece) * p.cols));
+  torch::stable::parallel_for(0, blocks * pieces, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t sample = i / pieces, first = i % pieces * per_piece;
+      ChannelRows work = p.view(sample * rows + first, std::min(per_piece, rows - first));
+      if (shared) {
+        work.coefficients = common.from(0);
+      } else {
+        CoefficientArrays<C> own(p, kOwnSlot, p.channels);
+        own.fill(statistics, sample, 0, p.channels);
+        work.coefficients = own.from(0);
+      }
+      if (partial) std::fill_n(partial + i * size, size, 0.0);
+      add_column_sums<C>(p, work, partial ? partial + i * size : nullptr);
+    }
+  });
+  if (!sums) return;
+  const int64_t kinds = statistics.rows > 1 ? p.samples : 1, of_one = blocks * pieces / kinds;
+  for (int64_t block = 0; block < kinds; ++block) {
+    double* const out = sums + block * size;
+    const double* const first = partial + block * of_one * size;
+    torch::stable::parallel_for(0, size, std::max<int64_t>(64, kGrain / of_one),
+                                [&](int64_t begin, int64_t end) {
+                                  std::copy(first + begin, first + end, out + begin);
+                                  for (int64_t piece = 1; piece < of_one; ++piece) {
+                                    const double* const next = first + piece * size;
+                                    for (int64_t i = begin; i < end; ++i) out[i] += next[i];
+                                  }
+                                });
+  }
+}
+
+}  // namespace
+
+template <class C>
+void add_column_sums(const ChannelProblem& p, ChannelRows& work, double* sums) {
+  const int64_t most = p.fold * p.cols;
+  if (sums) {
+    work.sums = double_buffer(kColumnSlot, 2 * most);
+    work.scratch = thread_buffer(kKernelSlot, 2 * sizeof(C) * static_cast<size_t>(most));
+  }
+  p.run_lines(sums_kernel(p), work, [&](int64_t cols) {
+    for (int64_t which = 0; sums && which < 2; ++which) {
+      for (int64_t i = 0; i < cols; i += p.cols) {
+        const double* next = work.sums + which * cols + i;
+        for (int64_t channel = 0; channel < p.channels; ++channel, next += p.inner) {
+          double sum = 0;
+          for (int64_t k = 0; k < p.inner; ++k) sum += next[k];
+          sums[2 * channel + which] += sum;
+        }
+      }
+    }
+  });
+}
+
+template <class C>
+void normalize_sums(const ChannelProblem& p, const ChannelStatistics<C>& statistics, int64_t block,
+                    int64_t first, int64_t last, double* sums) {
+  const int64_t width = p.width();
+  double rstd = 1;
+  for (int64_t channel = first; channel < last; ++channel, sums += 2) {
+    if (statistics.rows && (channel == first || channel % width == 0)) {
+      const int64_t k = statistics.row_of(block) * p.groups + channel / width;
+      rstd =
+          static_cast<C>(reciprocal_deviation(static_cast<double>(statistics.variance[k]), p.eps));
+    }
+    sums[0] = static_cast<C>(sums[0]);
+    sums[1] = static_cast<C>(sums[1] * rstd);
+  }
+}
+
+template <class C>
+void channel_sums(const ChannelProblem& p, const ChannelStatistics<C>& statistics, double* sums) {
+  const int64_t blocks = std::max<int64_t>(1, statistics.rows);
+  if (!p.elements()) {
+    if (sums) std::fill_n(sums, 2 * blocks * p.channels, 0.0);
+    return;
+  }
+  p.by == By::row ? sums_by_row(p, statistics, sums) : sums_by_column(p, statistics, sums);
+  for (int64_t block = 0; sums && block < blocks; ++block) {
+    normalize_sums(p, statistics, block, 0, p.channels, sums + 2 * block * p.channels);
+  }
+}
+
+#define FUSED_INSTANTIATE(C)                                                                \
+  template void add_column_sums<C>(const ChannelProblem&, ChannelRows&, double*);           \
+  template void normalize_sums(const ChannelProblem&, const ChannelStatistics<C>&, int64_t, \
+                               int64_t, int64_t, double*);                                  \
+  template void channel_sums(const ChannelProblem&, const ChannelStatistics<C>&, double*);
+FUSED_INSTANTIATE(float)
+FUSED_INSTANTIATE(double)
+#undef FUSED_INSTANTIATE
+
+}  // namespace fused

@@ -1,0 +1,101 @@
+// What the kernels of the channel norms take, and the table of them that each instruction set
+// offers.
+//
+//   h = (z − mean)·scale + shift        y = residual + dropout(activation(h))
+//   g = the gradient of h               dz = g·scale + (z − mean)·slope + offset
+//
+// A kernel works on rows of contiguous elements, one after the other in memory. The coefficients
+// mean … offset are either one number for a row (a row is a channel of a sample) or arrays along
+// the row (a row is all channels of a position), so that batch, group and instance norm are the
+// same to it.
+//
+// What depends on the activation and costs more than a comparison runs as a stage of its own, on
+// segments of a row that lie in the first-level cache in the compute type; so each activation is
+// compiled for float and double, and not once more for every storage type and kernel.
+#pragma once
+
+#include <cstdint>
+
+#include "codes.h"
+
+namespace fused {
+
+// A stage replaces n values h by the activation's, or n gradients of these by those of h.
+using ValueStage = void (*)(void* h, int64_t n, double alpha, double beta);
+using GradientStage = void (*)(void* g, const void* h, int64_t n, double alpha, double beta);
+
+// What is the same in all calls of an operator.
+struct ChannelStages {
+  ValueStage value = nullptr;        // null: the kernels compare with alpha (channel_base.h)
+  GradientStage gradient = nullptr;  // null with value
+  double alpha = 0, beta = 0;
+  uint32_t threshold = 0;  // dropout of elements; 0: none, 65536: everything is dropped
+  uint64_t seed = 0;
+  bool streaming = false;  // write past the caches; rows of the output are 64-byte aligned
+};
+
+// In the compute type (float, or double for double): one value for each row of a call, or one for
+// each column.
+struct Coefficients {
+  const void* mean = nullptr;
+  const void* scale = nullptr;
+  const void* shift = nullptr;
+  const void* factor = nullptr;  // of dropout of whole channels; null: 1
+  const void* slope = nullptr;   // of the gradient kernel
+  const void* offset = nullptr;
+};
+
+// Rows [0, rows) from each of the pointers on. z, dy, residual, out: the storage type.
+struct ChannelRows {
+  int64_t rows = 0, cols = 0;
+  int64_t stride = 0;            // elements from a row to the next
+  int64_t coefficient_step = 1;  // from a row's coefficients to the next; 0: all have the same
+  const void* z = nullptr;
+  const void* dy = nullptr;        // backward
+  const void* residual = nullptr;  // forward; may be null
+  void* out = nullptr;             // y, which may be z, or dz; sums kernel: null or dz = g·scale
+  const bool* mask = nullptr;      // per row: false where all is zero; null: all true
+  uint64_t counter = 0;            // of the first row's dropout
+  uint64_t row_counters = 0;       // by how much it goes on for the next row
+  void* gradient = nullptr;        // g in the compute type, written by the sums kernel if not null
+  // Σ g and Σ g·(z − mean): two for each row, or for columns two arrays one after the other. Null:
+  // not wanted.
+  double* sums = nullptr;
+  void* scratch = nullptr;  // sums of columns: 2 · cols elements of the compute type
+  Coefficients coefficients;
+};
+
+using ChannelKernel = void (*)(const ChannelStages&, const ChannelRows&);
+
+// Mean and Σ(z − mean)².
+struct Moments {
+  double mean, square;
+};
+
+// Of `runs` runs of n contiguous elements, `stride` elements apart.
+using MomentsKernel = void (*)(const void* z, int64_t runs, int64_t n, int64_t stride, Moments*);
+// Of each column over the rows whose mask (null: all) is true, `present` of them and at least one.
+// scratch: 3 · cols elements of the compute type.
+using ColumnMomentsKernel = void (*)(const void* z, const bool* mask, int64_t rows, int64_t present,
+                                     int64_t cols, double* mean, double* square, void* scratch);
+
+// Coefficients by row or by column; activation by comparison, by stage, or (gradient kernel) done
+// already: g is read from ChannelRows::gradient.
+enum class By : int { row = 0, column = 1 };
+enum class Through : int { comparison = 0, stage = 1, gradient = 2 };
+
+struct ChannelKernels {
+  MomentsKernel moments[kStorages];
+  ColumnMomentsKernel column_moments[kStorages];
+  ChannelKernel forward[kStorages][2][2];  // [By][Through]
+  ChannelKernel sums[kStorages][2][2];
+  ChannelKernel gradient[kStorages][2][3];
+  ValueStage value[2][kActivations];  // float, double
+  GradientStage gradient_stage[2][kActivations];
+};
+
+const ChannelKernels& channel_kernels_portable();
+const ChannelKernels& channel_kernels_avx2();
+const ChannelKernels& channel_kernels_avx512();
+
+}  // namespace fused

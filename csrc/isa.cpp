@@ -1,0 +1,69 @@
+// Choosing the instruction set: the best one at first use, another one on request.
+#include "isa.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+
+#include "cpu/memory.h"
+
+namespace fused {
+namespace {
+
+const Kernels* find_kernels(const std::string& name) {
+  static const Kernels portable{"portable", row_kernels_portable(), channel_kernels_portable()};
+  if (name == "portable") return &portable;
+#if !defined(FUSED_PORTABLE_ONLY)
+  static const Kernels avx2{"avx2", row_kernels_avx2(), channel_kernels_avx2()};
+  static const Kernels avx512{"avx512", row_kernels_avx512(), channel_kernels_avx512()};
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (name == "avx2" && has_avx2) return &avx2;
+  if (name == "avx512" && has_avx512) return &avx512;
+#endif
+  return nullptr;
+}
+
+const Kernels* best_kernels() {
+  const char* wanted = std::getenv("FUSED_CPU_ISA");
+  if (wanted && *wanted) {
+    if (const Kernels* kernels = find_kernels(wanted)) return kernels;
+    std::fprintf(stderr,
+                 "fused: FUSED_CPU_ISA=%s is not served by this machine; known: avx512, avx2, "
+                 "portable. The best one it has is used.\n",
+                 wanted);
+  }
+  for (const char* name : {"avx512", "avx2"}) {
+    if (const Kernels* kernels = find_kernels(name)) return kernels;
+  }
+  return find_kernels("portable");
+}
+
+const Kernels*& active() {
+  static const Kernels* kernels = best_kernels();
+  return kernels;
+}
+
+}  // namespace
+
+const Kernels& active_kernels() { return *active(); }
+
+// Called by fused/backend.py through ctypes: none takes part in a computation.
+extern "C" __attribute__((visibility("default"))) const char* fused_cpu_isa() {
+  return active()->name;
+}
+
+extern "C" __attribute__((visibility("default"))) int fused_set_cpu_isa(const char* name) {
+  const Kernels* kernels = find_kernels(name);
+  if (kernels) active() = kernels;
+  return kernels != nullptr;
+}
+
+extern "C" __attribute__((visibility("default"))) void fused_poison_outputs(int on) {
+  poison_new_tensors = on != 0;
+}
+
+}  // namespace fused

@@ -1,0 +1,286 @@
+"""How a chain with a norm over samples or positions runs: batch, group and instance norm.
+
+An input of any rank is seen as three dimensions in memory order, so that nothing is copied:
+(samples, channels, positions), or (samples, positions, channels) where the channels are the last
+dimension or the memory format is channels-last. Then one operator runs the chain, and the running
+statistics follow from the statistics that it returns.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops, reference, synchronize
+from .autograd import ChannelCodes, ChannelFunction, Codes, channel_epilogue_of
+from .checks import few_values
+from .dispatch import (
+    AUTOCAST_FLOAT32_NORMS,
+    composite,
+    float32_under_autocast,
+    is_compiling,
+    needs_gradient,
+)
+from .layout import layout_of
+from .random import draw_seed
+from .running import ChannelNorm, update_running
+from .spec import NORM_CODES
+
+_BATCH = NORM_CODES["batch"]
+_INSTANCE = NORM_CODES["instance"]
+
+
+def run_channel(
+    x: Tensor,
+    channel_dim: int,
+    norm: ChannelNorm,
+    codes: Codes,
+    *,
+    bias: Tensor | None = None,
+    channel_dropout: bool = False,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    seed: Tensor | None = None,
+    reuse: bool = False,
+) -> Tensor:
+    """residual + dropout(activation(norm(x))), and the update of the running statistics.
+
+    Args:
+        x: any rank ≥ 1; its channels are dimension 1 or, with channel_dim -1, the last.
+        codes: as for the row operators; the norm's code is that of `norm`.
+        bias: (channels,), which x contains already and whose gradient is asked for here.
+        residual: of x's shape, or None.
+        mask: bool, x's shape without the channels, or None; needs channel_dim -1.
+        seed: int64 (1,); drawn where the chain drops and None is given.
+        reuse: nothing else needs x, so that its memory may become the result's.
+    """
+    if float32_under_autocast(
+        x.device.type, x.dtype, norm.name in AUTOCAST_FLOAT32_NORMS, codes[2]
+    ):
+        x = x.float()
+    if residual is not None and residual.dtype != x.dtype:
+        y = run_channel(
+            x,
+            channel_dim,
+            norm,
+            codes,
+            bias=bias,
+            channel_dropout=channel_dropout,
+            mask=mask,
+            seed=seed,
+        )
+        y = residual + y
+        return y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)
+    if norm.virtual_batch_size is not None and norm.mean is None:
+        parts = math.ceil(x.shape[0] / norm.virtual_batch_size)
+        if parts > 1:
+            return _run_virtual_batches(
+                x, channel_dim, norm, codes, parts, channel_dropout, residual, mask, seed
+            )
+    apart = channel_dropout or norm.name not in ("batch", None)
+    layout = layout_of(x, channel_dim, apart)
+    z = layout.apply(x)
+    if residual is not None:
+        residual = layout.apply(residual)
+    if mask is not None:
+        mask = mask.reshape(z.shape[:2]).contiguous()
+    channels = z.shape[2 if layout.channels_last else 1]
+    groups = norm.groups if norm.name == "group" else channels
+    scalars = (codes[0], groups, layout.channels_last, *codes[1:], channel_dropout)
+    reuse = reuse and not is_compiling()
+    return layout.undo(_run(z, norm, scalars, bias, residual, mask, seed, reuse))
+
+
+def run_linear_channel(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    channel_dim: int,
+    norm: ChannelNorm,
+    codes: Codes,
+    **options: Any,
+) -> Tensor:
+    """`run_channel` of x · weightᵀ + bias; channel_dim is that of the product."""
+    # The gradient of the bias comes with the others, unless the sum over processes, the parts of a
+    # batch or the other channels of a group are in it.
+    own = (
+        bias is not None
+        and bias.requires_grad
+        and (channel_dim == -1 or x.dim() == 2)
+        and norm.name != "group"
+        and not norm.across
+        and norm.virtual_batch_size is None
+        and torch.is_grad_enabled()
+        and not composite(x)
+    )
+    z = F.linear(x, weight, bias.detach() if own and bias is not None else bias)
+    bias = bias if own else None
+    return run_channel(z, channel_dim, norm, codes, bias=bias, reuse=True, **options)
+
+
+def drop_channels(
+    y: Tensor,
+    channel_dim: int,
+    threshold: int,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Channel dropout behind a norm along rows, and what is added after it."""
+    codes = (0, 0.0, 0, 0.0, 0.0, threshold)
+    return run_channel(
+        y,
+        channel_dim,
+        ChannelNorm(),
+        codes,
+        channel_dropout=True,
+        residual=residual,
+        mask=mask,
+        seed=seed,
+        reuse=True,
+    )
+
+
+def _run_virtual_batches(
+    x: Tensor,
+    channel_dim: int,
+    norm: ChannelNorm,
+    codes: Codes,
+    parts: int,
+    channel_dropout: bool,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+) -> Tensor:
+    """Batch norm over parts of the batch as torch.chunk makes them, one after another."""
+    samples = x.shape[0]
+    size = math.ceil(samples / parts)
+    if samples % size or channel_dim != -1 or mask is not None or channel_dropout:
+        others = [None if t is None else t.split(size) for t in (residual, mask)]
+        whole = replace(norm, virtual_batch_size=None)
+        outputs = []
+        for i, piece in enumerate(x.split(size)):
+            reason = few_values(whole, tuple(piece.shape), channel_dim)
+            if reason:
+                raise ValueError(f"virtual_batch_size={norm.virtual_batch_size}: {reason}")
+            outputs.append(
+                run_channel(
+                    piece,
+                    channel_dim,
+                    _after(whole, i, parts),
+                    codes,
+                    channel_dropout=channel_dropout,
+                    residual=None if others[0] is None else others[0][i],
+                    mask=None if others[1] is None else others[1][i],
+                    seed=None if seed is None else seed + i,
+                )
+            )
+        return torch.cat(outputs)
+    # Equal parts: what batch norm is to a part, instance norm is to a sample.
+    z = x.reshape(samples // size, -1, x.shape[-1]).contiguous()
+    if residual is not None:
+        residual = residual.reshape(z.shape).contiguous()
+    scalars = (_INSTANCE, z.shape[2], True, *codes[1:], False)
+    return _run(z, norm, scalars, None, residual, None, seed).view(x.shape)
+
+
+def _after(norm: ChannelNorm, part: int, parts: int) -> ChannelNorm:
+    """The norm of one part of a batch; each part counts as an update of its own."""
+    if norm.batches is None or norm.momentum is not None:
+        return norm
+    return replace(norm, batches=(norm.batches - 1) * parts + part + 1)
+
+
+def _run(
+    z: Tensor,
+    norm: ChannelNorm,
+    codes: ChannelCodes,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    reuse: bool = False,
+) -> Tensor:
+    """The chain over three dimensions in memory order."""
+    if seed is None and codes[7]:
+        seed = draw_seed(z.device)
+    mean, variance = norm.mean, norm.variance
+    if mean is not None and variance is not None:
+        # Constants, one for each channel, whatever the norm is called.
+        mean, variance = mean.view(1, -1), variance.view(1, -1)
+        codes = (_BATCH, *codes[1:])
+    across = norm.across and mean is None and synchronize.is_needed(norm.group)
+    parameters = norm.weight, norm.bias
+    if composite(z):
+        return _run_reference(z, norm, codes, mean, variance, across, residual, mask, seed)
+    if across or needs_gradient(z, *parameters, bias, residual):
+        if residual is z:  # the compiler takes no tensor twice
+            residual = residual.view_as(residual)
+        y, *statistics = ChannelFunction.apply(
+            z,
+            bias,
+            *parameters,
+            residual,
+            mean,
+            variance,
+            mask,
+            seed,
+            codes,
+            (norm.group or _world()) if across else None,
+        )
+    elif mean is not None or norm.name is None:
+        if reuse:
+            ops.channel_apply_(z, mean, variance, *parameters, residual, mask, seed, *codes)
+            return z
+        return ops.channel_apply(z, mean, variance, *parameters, residual, mask, seed, *codes)
+    else:
+        y, *statistics = ops.channel_forward(z, *parameters, residual, mask, seed, *codes)
+    if norm.running_mean is not None and mean is None and (z.numel() or across):
+        update_running(norm, _elements(z, codes), *statistics)
+    return y
+
+
+def _elements(z: Tensor, codes: ChannelCodes) -> int:
+    """How many elements there are behind each statistic of batch or instance norm."""
+    return z.shape[1 if codes[2] else 2] * (z.shape[0] if codes[0] == _BATCH else 1)
+
+
+def _world() -> Any:
+    import torch.distributed as dist
+
+    return dist.group.WORLD
+
+
+def _run_reference(
+    z: Tensor,
+    norm: ChannelNorm,
+    codes: ChannelCodes,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    across: bool,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+) -> Tensor:
+    epilogue = channel_epilogue_of(codes)
+    if across:
+        found = synchronize.differentiable_statistics(z, codes[2], mask, norm.group)
+        h = reference.normalize_channels(z, epilogue, *found[:2], norm.weight, norm.bias)
+        plain = replace(epilogue, norm=None)
+        y = reference.channel(h, plain, residual=residual, mask=mask, seed=seed)
+    else:
+        y = reference.channel(
+            z, epilogue, mean, variance, norm.weight, norm.bias, residual, mask, seed
+        )
+    y = y.contiguous()
+    if norm.running_mean is not None and mean is None and (z.numel() or across):
+        if not across:
+            found = reference.channel_statistics(z.detach(), epilogue, mask)
+            found = (*found[:2], found[2] if mask is not None else z.new_empty(0))
+        update_running(norm, _elements(z, codes), *(t.detach() for t in found))
+    return y
