@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, synchronize
+from .layout import Layout, apply_layout, undo_layout
 from .spec import ACTIVATION_NAMES, NORM_NAMES, ChannelEpilogue, Epilogue
 
 Codes = tuple[int, float, int, float, float, int]
@@ -151,20 +152,20 @@ def _gradients_of(
 
 
 class ChannelFunction(torch.autograd.Function):
-    """residual + dropout(activation(norm(z))) over three dimensions in memory order.
+    """residual + dropout(activation(norm(x))), x as the three dimensions of a `Layout`.
 
     `bias` is as in `RowFunction`, one for each channel. With `mean` and `variance` given the norm
-    is by constants, else by the statistics of z, over all processes of `group` where there is one.
+    is by constants, else by the statistics of x, over all processes of `group` where there is one.
 
     Returns:
-        y; then, not differentiable, mean, variance and count as the operators give them, which are
-        empty where mean and variance were given.
+        y; where `learns`, also mean, variance and count as the operators give them, which are not
+        differentiable.
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913  autograd takes no tuples of tensors
         ctx: Any,
-        z: Tensor,
+        x: Tensor,
         bias: Tensor | None,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
@@ -174,14 +175,17 @@ class ChannelFunction(torch.autograd.Function):
         mask: Tensor | None,
         seed: Tensor | None,
         codes: ChannelCodes,
+        layout: Layout,
         group: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        parameters = norm_weight, norm_bias, residual, mask, seed
+        learns: bool,
+    ) -> Any:
+        z = apply_layout(x, layout)
+        r = None if residual is None else apply_layout(residual, layout)
+        parameters = norm_weight, norm_bias, r, mask, seed
         constant = mean is not None or codes[0] == 0
+        found: tuple[Tensor, ...] = ()
         if constant:
             y = ops.channel_apply(z, mean, variance, *parameters, *codes)
-            # New ones: an output must not be the input that it was, and these are not needed.
-            found = tuple(z.new_empty(0) for _ in range(3))
         elif group is not None:
             local = ops.channel_statistics(z, mask, *codes[:3])
             found = synchronize.merge_statistics(z, codes[2], local, group)
@@ -190,21 +194,30 @@ class ChannelFunction(torch.autograd.Function):
             y, *rest = ops.channel_forward(z, *parameters, *codes)
             found = tuple(rest)
         statistics = (mean, variance, None) if constant else found
-        ctx.save_for_backward(z, norm_weight, norm_bias, *statistics, mask, seed)
-        ctx.bias, ctx.codes, ctx.group, ctx.constant = bias, codes, group, constant
+        # x and not its view z, which double backward could not follow to x.
+        ctx.save_for_backward(x, norm_weight, norm_bias, *statistics, mask, seed)
+        ctx.bias, ctx.codes, ctx.layout, ctx.group = bias, codes, layout, group
+        ctx.constant = constant
+        y = undo_layout(y, layout)
+        if not learns:
+            return y
         ctx.mark_non_differentiable(*found)
         ctx.set_materialize_grads(False)
         return y, *found
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
-        needs, codes = ctx.needs_input_grad, ctx.codes
-        gradients: list[Any] = [None] * 11
+        needs, codes, layout = ctx.needs_input_grad, ctx.codes, ctx.layout
+        gradients: list[Any] = [None] * 13
         if dy is None:
             return tuple(gradients)
-        z, norm_weight, norm_bias, mean, variance, count, mask, seed = ctx.saved_tensors
+        x, norm_weight, norm_bias, mean, variance, count, mask, seed = ctx.saved_tensors
+        z = apply_layout(x, layout)
+        # As the operator takes it: a gradient may come expanded, or laid out otherwise.
+        dy = apply_layout(dy, layout)
         if needs[4]:
-            gradients[4] = dy if mask is None else torch.where(mask[:, :, None], dy, 0)
+            dresidual = dy if mask is None else torch.where(mask[:, :, None], dy, 0)
+            gradients[4] = undo_layout(dresidual, layout)
         wanted = (
             (ops.WANT_NORM_WEIGHT if needs[2] else 0)
             | (ops.WANT_NORM_BIAS if needs[3] else 0)
@@ -212,6 +225,8 @@ class ChannelFunction(torch.autograd.Function):
         )
         if not (needs[0] or wanted):
             return tuple(gradients)
+        parameters = norm_weight, norm_bias, mask, seed
+        dbias = dnorm_weight = dnorm_bias = None
         if torch.is_grad_enabled():
             if ctx.group is not None:
                 raise RuntimeError(
@@ -220,31 +235,26 @@ class ChannelFunction(torch.autograd.Function):
                 )
             statistics = (mean, variance) if ctx.constant else (None, None)
             inputs = (z, ctx.bias, norm_weight, norm_bias)
-            gradients[:4] = _differentiable_channel(
+            dz, dbias, dnorm_weight, dnorm_bias = _differentiable_channel(
                 inputs, needs[:4], statistics, mask, seed, codes, dy
             )
-            return tuple(gradients)
-        # As the operator takes it: a gradient may come expanded, or laid out otherwise.
-        dy = dy.contiguous()
-        parameters = norm_weight, norm_bias, mask, seed
-        if ctx.group is not None:
+        elif ctx.group is not None:
             sums = ops.channel_sums(dy, z, mean, variance, *parameters, *codes)
             # Of this process alone, as for any parameter: DistributedDataParallel averages them.
-            gradients[2] = sums[1].to(norm_weight.dtype) if needs[2] else None
-            gradients[3] = sums[0].to(norm_bias.dtype) if needs[3] else None
+            dnorm_weight = sums[1].to(norm_weight.dtype) if needs[2] else None
+            dnorm_bias = sums[0].to(norm_bias.dtype) if needs[3] else None
             total = synchronize.add_up(sums, ctx.group)
-            if needs[0]:
-                gradients[0] = ops.channel_gradient(
-                    dy, z, mean, variance, total, count, *parameters, *codes
-                )
-            return tuple(gradients)
-        if count is not None and not count.numel():
-            count = None
-        dz, dnorm_weight, dnorm_bias, dbias = ops.channel_backward(
-            dy, z, mean, variance, count, *parameters, wanted, ctx.constant, *codes
-        )
-        found = dz, dbias, dnorm_weight, dnorm_bias
-        gradients[:4] = [g if need else None for g, need in zip(found, needs[:4], strict=True)]
+            known = (mean, variance, total, count, *parameters)
+            dz = ops.channel_gradient(dy, z, *known, *codes)
+        else:
+            if count is not None and not count.numel():
+                count = None
+            known = (mean, variance, count, *parameters, wanted, ctx.constant)
+            dz, dnorm_weight, dnorm_bias, dbias = ops.channel_backward(dy, z, *known, *codes)
+        gradients[0] = undo_layout(dz, layout) if needs[0] else None
+        gradients[1] = dbias if needs[1] else None
+        gradients[2] = dnorm_weight if needs[2] else None
+        gradients[3] = dnorm_bias if needs[3] else None
         return tuple(gradients)
 
 

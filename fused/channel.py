@@ -26,7 +26,7 @@ from .dispatch import (
     is_compiling,
     needs_gradient,
 )
-from .layout import layout_of
+from .layout import Layout, apply_layout, layout_of, undo_layout
 from .random import draw_seed
 from .running import ChannelNorm, update_running
 from .spec import NORM_CODES
@@ -84,16 +84,11 @@ def run_channel(
             )
     apart = channel_dropout or norm.name not in ("batch", None)
     layout = layout_of(x, channel_dim, apart)
-    z = layout.apply(x)
-    if residual is not None:
-        residual = layout.apply(residual)
-    if mask is not None:
-        mask = mask.reshape(z.shape[:2]).contiguous()
-    channels = z.shape[2 if layout.channels_last else 1]
+    channels = layout.view[2 if layout.channels_last else 1]
     groups = norm.groups if norm.name == "group" else channels
     scalars = (codes[0], groups, layout.channels_last, *codes[1:], channel_dropout)
     reuse = reuse and not is_compiling()
-    return layout.undo(_run(z, norm, scalars, bias, residual, mask, seed, reuse))
+    return _run(x, layout, norm, scalars, bias, residual, mask, seed, reuse)
 
 
 def run_linear_channel(
@@ -182,11 +177,10 @@ def _run_virtual_batches(
             )
         return torch.cat(outputs)
     # Equal parts: what batch norm is to a part, instance norm is to a sample.
-    z = x.reshape(samples // size, -1, x.shape[-1]).contiguous()
-    if residual is not None:
-        residual = residual.reshape(z.shape).contiguous()
-    scalars = (_INSTANCE, z.shape[2], True, *codes[1:], False)
-    return _run(z, norm, scalars, None, residual, None, seed).view(x.shape)
+    shape, channels = tuple(x.shape), x.shape[-1]
+    layout = Layout(shape, (samples // size, size * math.prod(shape[1:-1]), channels), True)
+    scalars = (_INSTANCE, channels, True, *codes[1:], False)
+    return _run(x, layout, norm, scalars, None, residual, None, seed)
 
 
 def _after(norm: ChannelNorm, part: int, parts: int) -> ChannelNorm:
@@ -197,7 +191,8 @@ def _after(norm: ChannelNorm, part: int, parts: int) -> ChannelNorm:
 
 
 def _run(
-    z: Tensor,
+    x: Tensor,
+    layout: Layout,
     norm: ChannelNorm,
     codes: ChannelCodes,
     bias: Tensor | None,
@@ -206,48 +201,54 @@ def _run(
     seed: Tensor | None,
     reuse: bool = False,
 ) -> Tensor:
-    """The chain over three dimensions in memory order."""
+    """The chain over the three dimensions of the layout."""
     if seed is None and codes[7]:
-        seed = draw_seed(z.device)
+        seed = draw_seed(x.device)
+    if mask is not None:
+        mask = mask.reshape(layout.view[:2]).contiguous()
     mean, variance = norm.mean, norm.variance
     if mean is not None and variance is not None:
         # Constants, one for each channel, whatever the norm is called.
         mean, variance = mean.view(1, -1), variance.view(1, -1)
         codes = (_BATCH, *codes[1:])
     across = norm.across and mean is None and synchronize.is_needed(norm.group)
-    parameters = norm.weight, norm.bias
-    if composite(z):
-        return _run_reference(z, norm, codes, mean, variance, across, residual, mask, seed)
-    if across or needs_gradient(z, *parameters, bias, residual):
-        if residual is z:  # the compiler takes no tensor twice
-            residual = residual.view_as(residual)
-        y, *statistics = ChannelFunction.apply(
-            z,
-            bias,
-            *parameters,
-            residual,
-            mean,
-            variance,
-            mask,
-            seed,
-            codes,
-            (norm.group or _world()) if across else None,
+    learns = norm.running_mean is not None and mean is None and (across or x.numel() > 0)
+    if composite(x):
+        return _run_reference(
+            x, layout, norm, codes, mean, variance, across, learns, residual, mask, seed
         )
-    elif mean is not None or norm.name is None:
-        if reuse:
-            ops.channel_apply_(z, mean, variance, *parameters, residual, mask, seed, *codes)
-            return z
-        return ops.channel_apply(z, mean, variance, *parameters, residual, mask, seed, *codes)
+    parameters = norm.weight, norm.bias
+    statistics: tuple[Tensor, ...] = ()
+    if across or needs_gradient(x, *parameters, bias, residual):
+        if residual is x:  # the compiler takes no tensor twice
+            residual = residual.view_as(residual)
+        group = (norm.group or _world()) if across else None
+        tensors = (x, bias, *parameters, residual, mean, variance, mask, seed)
+        found = ChannelFunction.apply(*tensors, codes, layout, group, learns)
+        if not learns:
+            return found
+        y, *rest = found
+        statistics = tuple(rest)
     else:
-        y, *statistics = ops.channel_forward(z, *parameters, residual, mask, seed, *codes)
-    if norm.running_mean is not None and mean is None and (z.numel() or across):
-        update_running(norm, _elements(z, codes), *statistics)
+        z = apply_layout(x, layout)
+        residual = None if residual is None else apply_layout(residual, layout)
+        if mean is not None or norm.name is None:
+            given = (mean, variance, *parameters, residual, mask, seed, *codes)
+            if not reuse:
+                return undo_layout(ops.channel_apply(z, *given), layout)
+            ops.channel_apply_(z, *given)
+            return undo_layout(z, layout)
+        y, *rest = ops.channel_forward(z, *parameters, residual, mask, seed, *codes)
+        y, statistics = undo_layout(y, layout), tuple(rest)
+    if learns:
+        update_running(norm, _elements(layout, codes), *statistics)
     return y
 
 
-def _elements(z: Tensor, codes: ChannelCodes) -> int:
+def _elements(layout: Layout, codes: ChannelCodes) -> int:
     """How many elements there are behind each statistic of batch or instance norm."""
-    return z.shape[1 if codes[2] else 2] * (z.shape[0] if codes[0] == _BATCH else 1)
+    positions = layout.view[1 if layout.channels_last else 2]
+    return positions * (layout.view[0] if codes[0] == _BATCH else 1)
 
 
 def _world() -> Any:
@@ -257,17 +258,21 @@ def _world() -> Any:
 
 
 def _run_reference(
-    z: Tensor,
+    x: Tensor,
+    layout: Layout,
     norm: ChannelNorm,
     codes: ChannelCodes,
     mean: Tensor | None,
     variance: Tensor | None,
     across: bool,
+    learns: bool,
     residual: Tensor | None,
     mask: Tensor | None,
     seed: Tensor | None,
 ) -> Tensor:
     epilogue = channel_epilogue_of(codes)
+    z = apply_layout(x, layout)
+    residual = None if residual is None else apply_layout(residual, layout)
     if across:
         found = synchronize.differentiable_statistics(z, codes[2], mask, norm.group)
         h = reference.normalize_channels(z, epilogue, *found[:2], norm.weight, norm.bias)
@@ -277,10 +282,9 @@ def _run_reference(
         y = reference.channel(
             z, epilogue, mean, variance, norm.weight, norm.bias, residual, mask, seed
         )
-    y = y.contiguous()
-    if norm.running_mean is not None and mean is None and (z.numel() or across):
+    if learns:
         if not across:
             found = reference.channel_statistics(z.detach(), epilogue, mask)
             found = (*found[:2], found[2] if mask is not None else z.new_empty(0))
-        update_running(norm, _elements(z, codes), *(t.detach() for t in found))
-    return y
+        update_running(norm, _elements(layout, codes), *(t.detach() for t in found))
+    return undo_layout(y.contiguous(), layout)

@@ -9,13 +9,16 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import guard
+from . import guard, small
 from .autograd import Codes
 from .chain import ABSENT, Chain, no_tensor, requested
 from .channel import drop_channels, run_channel, run_linear_channel
 from .checks import few_values
+from .dispatch import chain as run_chain
+from .dispatch import is_compiling, transformed
 from .guard import CHANNEL_DROPOUTS, FORWARD_OF
 from .norms import NORM_CLASSES, channel_norm
 from .running import ChannelNorm
@@ -213,14 +216,39 @@ class ChannelChain(Chain):
             x = x.unsqueeze(0)
             if residual is not None:
                 options["residual"] = residual.unsqueeze(0)
-        if self.linear is None:
+        linear = None if self.linear is None else self.linear._parameters
+        if self._is_small(x, state, codes, mask):
+            z = x if linear is None else F.linear(x, linear["weight"], linear["bias"])
+            h = small.normalize_channels(z, state, codes[1])
+            if codes[5]:  # a row of the mask is the positions of a channel, or the channels
+                rest = (0, 0.0, *codes[2:])
+                dims = max(1, x.dim() - 2)
+                y = run_chain(h, dims, None, None, options["residual"], None, rest)
+            else:
+                y = small.activate(h, options["residual"], codes)
+        elif linear is None:
             y = run_channel(x, dim, state, codes, **options)
         else:
-            parameters = self.linear._parameters
-            weight, bias = parameters["weight"], parameters["bias"]
+            weight = linear["weight"]
             assert weight is not None
-            y = run_linear_channel(x, weight, bias, dim, state, codes, **options)
+            y = run_linear_channel(x, weight, linear["bias"], dim, state, codes, **options)
         return y.squeeze(0) if unbatched else y
+
+    def _is_small(self, x: Tensor, norm: ChannelNorm, codes: Codes, mask: Tensor | None) -> bool:
+        """Whether torch's norm serves, and the rest after it."""
+        if mask is not None or is_compiling() or transformed():
+            return False
+        rank = x.dim()
+        if self.channel_dim == -1 and rank > 2:
+            return False
+        # The mask must be laid as run_channel lays it: in memory order.
+        plain = x.is_contiguous() and (rank == 2 or x.shape[2:].numel() > 1)
+        if codes[5] and (self.drops_channels or not plain):
+            return False
+        elements = x.numel()
+        if self.linear is not None:
+            elements = elements // max(1, x.shape[-1]) * self.linear.weight.shape[0]
+        return small.is_small_channel(elements, x, norm, codes)
 
     def _run_rows(self, x: Tensor, codes: Codes) -> Tensor:
         return self.run(x, None, codes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from torch import Tensor
 _IMAGE_DIMS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-@dataclass(slots=True)
-class Layout:
+class Layout(NamedTuple):
     """How a tensor is seen as three dimensions in memory order, and seen as itself again."""
 
     shape: tuple[int, ...]  # of the tensor, its dimensions in memory order
@@ -20,16 +19,20 @@ class Layout:
     channels_last: bool
     channels_moved: bool = False  # dimension 1 is the last in memory
 
-    def apply(self, x: Tensor) -> Tensor:
-        """x, of the tensor's shape, as a contiguous tensor of three dimensions."""
-        if self.channels_moved:
-            x = x.movedim(1, -1)
-        # reshape copies what is not contiguous where it must; not where a dimension is of size 1.
-        return x.reshape(self.view).contiguous()
 
-    def undo(self, y: Tensor) -> Tensor:
-        y = y.view(self.shape)
-        return y.movedim(-1, 1) if self.channels_moved else y
+def apply_layout(x: Tensor, layout: Layout) -> Tensor:
+    """x, of the tensor's shape, as a contiguous tensor of three dimensions."""
+    if layout.channels_moved:
+        x = x.movedim(1, -1)
+    # reshape copies what is not contiguous where it must; not where a dimension is of size 1.
+    x = x.reshape(layout.view)
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def undo_layout(y: Tensor, layout: Layout) -> Tensor:
+    """What `apply_layout` was given, of what it has returned."""
+    y = y.view(layout.shape)
+    return y.movedim(-1, 1) if layout.channels_moved else y
 
 
 def layout_of(x: Tensor, channel_dim: int, apart: bool = True) -> Layout:

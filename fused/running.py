@@ -42,7 +42,6 @@ class ChannelNorm:
     virtual_batch_size: int | None = None
 
 
-@torch.no_grad()
 def update_running(
     norm: ChannelNorm,
     elements: int,
@@ -87,6 +86,10 @@ def update_running(
         mean, unbiased = mean.mean(0), unbiased.mean(0)
     if count.numel():  # nothing seen, nothing learned
         momentum = momentum * (count.sum() > 0)
-    for running, found in ((running_mean, mean), (running_var, unbiased)):
-        new = found.view(-1).to(running.dtype)
-        running.lerp_(new, momentum.to(new.dtype) if isinstance(momentum, Tensor) else momentum)
+    new = mean.view(-1), unbiased.view(-1)
+    if isinstance(momentum, float) and running_mean.dtype == mean.dtype:
+        torch._foreach_lerp_([running_mean, running_var], new, momentum)
+        return
+    for running, found in zip((running_mean, running_var), new, strict=True):
+        target = found.to(running.dtype)
+        running.lerp_(target, momentum.to(target) if isinstance(momentum, Tensor) else momentum)

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import reference
 from .autograd import Codes
 from .backend import request
+from .running import ChannelNorm
 from .spec import ACTIVATION_CODES, ACTIVATION_NAMES
 
 _FAST = (None, "relu", "relu6", "leaky_relu", "sigmoid", "silu", "hardswish")
@@ -54,6 +55,39 @@ def is_small(elements: int, z: Tensor, codes: Codes) -> bool:
 def is_small_inference(elements: int, z: Tensor, codes: Codes) -> bool:
     """The same where none is: then one operator call is saved, and only where there is no norm."""
     return codes[0] == 0 and elements <= _INFERENCE_LIMIT and is_small(elements, z, codes)
+
+
+def is_small_channel(elements: int, z: Tensor, norm: ChannelNorm, codes: Codes) -> bool:
+    """Whether `normalize_channels` serves an output of so many elements, gradient or not.
+
+    It sees to the running statistics too, by a momentum that is a number.
+    """
+    return (
+        norm.name is not None
+        and elements <= LIMITS[codes[2]]
+        and norm.virtual_batch_size is None
+        and not norm.across
+        and (norm.momentum is not None or norm.running_mean is None)
+        and z.is_cpu
+        and request.get() == "auto"
+    )
+
+
+def normalize_channels(x: Tensor, norm: ChannelNorm, eps: float) -> Tensor:
+    """norm(x) with channels in dimension 1."""
+    constant = norm.mean is not None
+    running = (norm.mean, norm.variance) if constant else (norm.running_mean, norm.running_var)
+    parameters = norm.weight, norm.bias
+    if norm.name == "group":
+        return torch.group_norm(x, norm.groups, *parameters, eps, False)
+    normalize = torch.batch_norm if norm.name == "batch" else torch.instance_norm
+    return normalize(x, *parameters, *running, not constant, norm.momentum or 0.0, eps, False)
+
+
+def activate(h: Tensor, residual: Tensor | None, codes: Codes) -> Tensor:
+    """residual + activation(h)."""
+    y = reference.activate(h, ACTIVATION_NAMES[codes[2]], codes[3], codes[4])
+    return y if residual is None else residual + y
 
 
 def row(

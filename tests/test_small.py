@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from cases import EVERY_ACTIVATION
@@ -92,3 +94,43 @@ def test_compiled_chains_stay_one_graph(stages: str, gradient: bool, dynamic: bo
             ours, theirs = (torch.autograd.grad(t.square().sum(), inputs) for t in (y, expected))
             for a, b in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+NETS = {
+    "batch": ([nn.BatchNorm1d(8), nn.SiLU()], (6, 8)),
+    "linear batch": ([nn.Linear(5, 8), nn.BatchNorm1d(8), nn.SiLU()], (6, 5)),
+    "linear sequences": ([nn.Linear(5, 9), nn.BatchNorm1d(8), nn.SiLU()], (3, 8, 5)),
+    "batch 2d": ([nn.BatchNorm2d(8), nn.ReLU()], (3, 8, 5, 4)),
+    "group": ([nn.GroupNorm(2, 8), nn.SiLU()], (3, 8, 5)),
+    "instance": ([nn.InstanceNorm1d(8, affine=True, track_running_stats=True)], (3, 8, 5)),
+    "instance of one": ([nn.InstanceNorm1d(8)], (8, 5)),
+    "one position": ([nn.BatchNorm2d(8), nn.ReLU()], (6, 8, 1, 1)),
+    "channels-last": ([nn.BatchNorm2d(8), nn.ReLU()], (3, 8, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("case", NETS)
+def test_channels_give_what_the_kernels_give(
+    case: str, p: float, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dropout mask and the running statistics included."""
+    modules, shape = NETS[case]
+    kernel = fused.Sequential(*modules, nn.Dropout(p)).train(training)
+    ours = copy.deepcopy(kernel)
+    x = torch.randn(shape)
+    if case == "channels-last":
+        x = x.to(memory_format=torch.channels_last)
+
+    def run(net: nn.Module) -> list[torch.Tensor]:
+        torch.manual_seed(7)
+        leaf = x.clone().requires_grad_()
+        y = net(leaf)
+        inputs = [leaf, *net.parameters()]
+        return [y, *torch.autograd.grad(y.sin().sum(), inputs), *net.buffers()]
+
+    expected = run(kernel)
+    monkeypatch.setattr(small, "LIMITS", LIMITS)
+    for found, right in zip(run(ours), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=2e-5, atol=2e-5)
