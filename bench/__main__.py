@@ -1,4 +1,4 @@
-"""python -m bench [norm linear host] [--quick]: measure.
+"""python -m bench [norm linear channel host] [--quick]: measure.
 python -m bench report: tables and pictures from what was measured.
 """
 

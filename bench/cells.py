@@ -6,6 +6,7 @@ cells that matter most.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -26,11 +27,14 @@ class Cell:
 
     Attributes:
         chain: its stages, such as "N-A-D" (`LETTERS`).
-        norm: "layer", "rms" or "" without one.
+        norm: "layer", "rms", "batch", "group", "instance", or "" without one.
         dtype: torch's name.
-        M, K, N: rows, features in (0 without a Linear), features out.
+        M, K, N: rows, features in (0 without a Linear), features out. Of images: all positions of
+            all samples, 0, channels.
         p: dropout probability.
         mode: a key of `MODES`.
+        shape: of images, samples × channels × height × width; "" for rows of features.
+        layout: "channels-last", or "" for contiguous.
     """
 
     suite: str
@@ -43,6 +47,13 @@ class Cell:
     N: int
     p: float
     mode: str
+    shape: str = ""
+    layout: str = ""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the chain's output."""
+        return tuple(map(int, self.shape.split("×"))) if self.shape else (self.M, self.N)
 
     @property
     def has_linear(self) -> bool:
@@ -57,8 +68,8 @@ class Cell:
         return self.mode == "training"
 
     def __str__(self) -> str:
-        size = f"{self.M}×{self.K}×{self.N}" if self.K else f"{self.M}×{self.N}"
-        names = " ".join(filter(None, (self.chain, self.norm, self.activation)))
+        size = f"{self.M}×{self.K}×{self.N}" if self.K else self.shape or f"{self.M}×{self.N}"
+        names = " ".join(filter(None, (self.chain, self.norm, self.activation, self.layout)))
         return f"{names} {self.dtype} {size} p={self.p:g} {self.mode}"
 
 
@@ -81,6 +92,12 @@ PAIRS = (
     *(("layer", "gelu"), ("rms", "silu"), ("layer", "relu")),
     *(("rms", "gelu"), ("layer", "silu"), ("rms", "relu")),
 )
+# Of the channel suite: rows of features for batch norm, and images.
+CHANNEL_ROWS = ((8192, 256), (8192, 1024))
+CHANNEL_IMAGES = ((16, 64, 64, 64), (4, 256, 64, 64), (2, 64, 256, 256))
+CHANNEL_NORMS = ("batch", "group", "instance")
+NUM_GROUPS = 32
+LAYOUTS = ("", "channels-last")
 HOST_CHAINS = ("L-N-A-D", "L-N-A", "L-A", "N-A", "N-A-D", "A-D")
 
 
@@ -117,7 +134,35 @@ def host_cells() -> Iterator[Cell]:
             yield Cell("host", chain, name, activation, "float32", rows, inputs, cols, p, mode)
 
 
-SUITES = {"norm": norm_cells, "linear": linear_cells, "host": host_cells}
+def _channel_cells(
+    norm: str, activation: str, sizes: tuple[int, ...], layout: str, modes: tuple[str, ...]
+) -> Iterator[Cell]:
+    channels = sizes[1]
+    rows = math.prod(sizes) // channels
+    shape = "×".join(map(str, sizes)) if len(sizes) > 2 else ""
+    for dtype, p, mode in product(DTYPES, (P, 0.0), modes):
+        chain = "N-A-D" if p else "N-A"
+        size = (rows, 0, channels)
+        yield Cell("channel", chain, norm, activation, dtype, *size, p, mode, shape, layout)
+
+
+def channel_cells() -> Iterator[Cell]:
+    """Norms over samples or positions + activation, with and without dropout.
+
+    ReLU everywhere; SiLU, as a training step, on rows and on the first image size.
+    """
+    both = ("forward", "training")
+    for sizes in CHANNEL_ROWS:
+        yield from _channel_cells("batch", "relu", sizes, "", both)
+    for sizes, norm, layout in product(CHANNEL_IMAGES, CHANNEL_NORMS, LAYOUTS):
+        yield from _channel_cells(norm, "relu", sizes, layout, both)
+    for sizes in CHANNEL_ROWS:
+        yield from _channel_cells("batch", "silu", sizes, "", ("training",))
+    for norm, layout in product(CHANNEL_NORMS, LAYOUTS):
+        yield from _channel_cells(norm, "silu", CHANNEL_IMAGES[0], layout, ("training",))
+
+
+SUITES = {"norm": norm_cells, "linear": linear_cells, "channel": channel_cells, "host": host_cells}
 
 
 def is_quick(cell: Cell) -> bool:
@@ -128,4 +173,7 @@ def is_quick(cell: Cell) -> bool:
     if cell.suite == "linear":
         shown = (cell.M, cell.K, cell.N) == (8192, 64, 256)
         return shown and (cell.norm, cell.p) == ("layer", P)
+    if cell.suite == "channel":
+        shown = (cell.activation, cell.dtype, cell.layout) == ("relu", "float32", "")
+        return shown and cell.M == 8192 and cell.N == 256 and cell.p > 0
     return cell.norm != "rms"

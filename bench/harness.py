@@ -22,6 +22,7 @@ from torch import nn
 
 from .cells import Cell
 from .check import CheckError, check
+from .check_channel import check_channel
 from .machine import Machine, last_level_cache
 from .providers import Inputs, Provider, make_chain, make_providers
 
@@ -55,6 +56,8 @@ class Row:
     N: int
     p: float
     mode: str
+    shape: str
+    layout: str
     provider: str
     median_us: float
     p20_us: float
@@ -117,11 +120,14 @@ def make_ring(cell: Cell, device: str) -> list[Inputs]:
     cache = last_level_cache(device)
     count = 1 + math.ceil(RING_CACHES * cache / size) if size >= LARGE * cache else 1
 
-    def make(columns: int) -> torch.Tensor:
-        return torch.randn(cell.M, columns, device=device).to(dtype)
+    memory = torch.channels_last if cell.layout else torch.contiguous_format
 
+    def make(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, device=device).to(dtype, memory_format=memory)
+
+    x_sizes = (cell.M, features) if cell.has_linear else cell.sizes
     return [
-        Inputs(make(features).requires_grad_(cell.needs_gradients), make(cell.N))
+        Inputs(make(*x_sizes).requires_grad_(cell.needs_gradients), make(*cell.sizes))
         for _ in range(count)
     ]
 
@@ -256,7 +262,8 @@ def measure(
         found: dict[str, Any] = {"error": "", "kept_bytes": "", "ring": len(ring)}
         try:
             if provider.checked:
-                found["error"] = float(f"{check(provider, cell, chain, ring[0]):.3g}")
+                checked = check_channel if cell.suite == "channel" else check
+                found["error"] = float(f"{checked(provider, cell, chain, ring[0]):.3g}")
         except (CheckError, RuntimeError) as error:  # the compiler's errors are RuntimeErrors
             refused[provider.name] = str(error).strip().partition("\n")[0]
             continue

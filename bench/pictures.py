@@ -143,14 +143,40 @@ def draw_host(rows: Sequence[Row]) -> None:
     figure.legend(patches, names, loc="outside lower center", ncols=len(keys), frameon=False)
 
 
+def draw_channel(rows: Sequence[Row]) -> None:
+    """Speed-up by norm, size and layout, by dtype and dropout; training steps and forward."""
+    dtypes = list(dict.fromkeys(r.dtype for r in rows))
+    lines = list(dict.fromkeys((r.norm, r.M, r.N, r.shape, r.layout) for r in rows))
+    columns = [(dtype, p) for dtype in dtypes for p in (P, 0.0)]
+    labels = [dtype + (f", p={p:g}" if p else "") for dtype, p in columns]
+    _, panels = plt.subplots(1, 4, figsize=(15, 9), layout="constrained", sharey=True)
+    shown = [(mode, b) for mode in ("forward", "training") for b in BASELINES[:2]]
+    for axes, (mode, baseline) in zip(panels, shown, strict=True):
+        values = [
+            [
+                _one(select(rows, norm=norm, M=M, N=N, shape=shape, layout=layout, dtype=dtype,
+                            p=p, activation="relu", mode=mode, provider=baseline))
+                for dtype, p in columns
+            ]
+            for norm, M, N, shape, layout in lines
+        ]  # fmt: skip
+        names = [" ".join(filter(None, (n, shape or f"{M}×{N}", layout)))
+                 for n, M, N, shape, layout in lines]  # fmt: skip
+        what = "forward" if mode == "forward" else "forward + backward"
+        _grid(axes, f"{what}: over {baseline}", names, labels)
+        _heat_map(axes, np.array(values))
+
+
 TITLES = {
     "norm": "Norm → activation (→ dropout): how many times faster fused is; framed in red: slower",
     "linear": "Linear → norm → activation: how many times faster fused is; framed in red: slower",
+    "channel": "Norm → ReLU (→ dropout): how many times faster fused is; framed in red: slower",
     "host": "The host's time for chains on 8×64 tensors",
 }
 _DRAW: dict[str, Callable[[Sequence[Row]], None]] = {
     "norm": draw_norm,
     "linear": draw_linear,
+    "channel": draw_channel,
     "host": draw_host,
 }
 

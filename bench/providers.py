@@ -15,15 +15,25 @@ from torch import Tensor, nn
 import fused
 from fused.spec import dropout_scale, dropout_threshold
 
-from .cells import AUTOTUNED_SIZES, Cell
+from .cells import AUTOTUNED_SIZES, NUM_GROUPS, Cell
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
-NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+
+def make_norm(cell: Cell) -> nn.Module:
+    """The cell's norm, in plain torch."""
+    if cell.norm in ("layer", "rms"):
+        return nn.LayerNorm(cell.N) if cell.norm == "layer" else nn.RMSNorm(cell.N)
+    if cell.norm == "group":
+        return nn.GroupNorm(NUM_GROUPS, cell.N)
+    if cell.norm == "instance":
+        return nn.InstanceNorm2d(cell.N, affine=True)
+    return nn.BatchNorm2d(cell.N) if cell.shape else nn.BatchNorm1d(cell.N)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """x (M, K or N), a leaf that wants its gradient in training; dy (M, N)."""
+    """x (M, K or N), a leaf that wants its gradient in training; dy (M, N). Or images, both."""
 
     x: Tensor
     dy: Tensor
@@ -57,7 +67,7 @@ def make_chain(cell: Cell, device: str) -> nn.Sequential:
     if cell.has_linear:
         children.append(nn.Linear(cell.K, cell.N))
     if cell.norm:
-        norm = NORMS[cell.norm](cell.N)
+        norm = make_norm(cell)
         for name, parameter in norm.named_parameters():
             nn.init.normal_(parameter, float(name == "weight"), 0.2)
         children.append(norm)

@@ -12,8 +12,8 @@ from .machine import Machine
 
 COLUMNS = [field.name for field in fields(Row)]
 # What tells two measurements apart; of two with the same key the later one counts.
-KEY = ("suite", "chain", "norm", "activation", "dtype", "M", "K", "N", "p", "mode", "provider",
-       "device", "machine", "threads", "isa")  # fmt: skip
+KEY = ("suite", "chain", "norm", "activation", "dtype", "M", "K", "N", "p", "mode",
+       "shape", "layout", "provider", "device", "machine", "threads", "isa")  # fmt: skip
 _INTEGERS = {"M", "K", "N", "rounds", "calls", "ring", "threads", "kept_bytes"}
 _NUMBERS = {"p", "median_us", "p20_us", "p80_us", "error",
             "over_fused", "over_fused_p20", "over_fused_p80"}  # fmt: skip

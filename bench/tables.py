@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .cells import LINEAR_SIZES, NORM_SIZES, P
+from .cells import LAYOUTS, LINEAR_SIZES, NORM_SIZES, P
 from .harness import Row
 
 BASELINES = ("eager", "compile", "max-autotune")
@@ -41,6 +41,8 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def size_of(r: Row) -> str:
+    if r.shape:
+        return " ".join(filter(None, (r.shape, r.layout)))
     return f"{r.M}×{r.K}×{r.N}" if "L" in r.chain else f"{r.M}×{r.N}"
 
 
@@ -168,7 +170,48 @@ def host_summary(rows: Sequence[Row]) -> str:
     return f"{about}\n\n{table(['chain', '', *modes], lines)}\n\n{losing_text(rows)}"
 
 
-SUMMARIES = {"norm": norm_summary, "linear": linear_summary, "host": host_summary}
+def channel_summary(rows: Sequence[Row]) -> str:
+    """A line per norm, size and dtype; layouts side by side, without and with dropout."""
+    header = ["norm", "size", "dtype", "dropout"]
+    columns = [(layout, mode) for layout in LAYOUTS for mode in ("forward", "training")]
+    for layout, mode in columns:
+        what = "forward" if mode == "forward" else "forward + backward"
+        header.append(f"{layout or 'contiguous'}, {what}")
+    lines = []
+    for norm, M, N, shape in dict.fromkeys((r.norm, r.M, r.N, r.shape) for r in rows):
+        for dtype in dict.fromkeys(r.dtype for r in rows):
+            for p in (P, 0.0):
+                own = select(rows, norm=norm, M=M, N=N, shape=shape, dtype=dtype, p=p)
+                line = [norm, (shape or f"{M}×{N}").replace("×", " × "), dtype]
+                line.append(f"{p:g}" if p else "none")
+                for layout, mode in columns:
+                    cell = select(own, layout=layout, mode=mode)
+                    found = [ratios(select(cell, provider=b)) for b in BASELINES[:2]]
+                    line.append(ABSENT if found == [ABSENT] * 2 else " / ".join(found))
+                lines.append(line)
+    about = (
+        "Fused's speed-up over eager / over torch.compile; where ReLU and SiLU were measured, the"
+        " median of both and the lower in brackets. GroupNorm has 32 groups."
+    )
+    means = [
+        f"{norm} {_geometric_mean(select(rows, norm=norm)):.2f}"
+        for norm in dict.fromkeys(r.norm for r in rows)
+    ]
+    summary = f"Geometric mean over all comparisons: {', '.join(means)}."
+    return f"{about}\n\n{table(header, lines)}\n\n{summary} {losing_text(rows)}"
+
+
+def _geometric_mean(rows: Sequence[Row]) -> float:
+    found = [float(r.over_fused) for r in rows if has_ratio(r) and r.provider in BASELINES]
+    return statistics.geometric_mean(found) if found else float("nan")
+
+
+SUMMARIES = {
+    "norm": norm_summary,
+    "linear": linear_summary,
+    "channel": channel_summary,
+    "host": host_summary,
+}
 
 
 def all_cells(rows: Sequence[Row]) -> str:

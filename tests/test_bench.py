@@ -7,6 +7,8 @@ times the watched calls; otherwise they run once, like any test. Nothing is asse
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -160,6 +162,48 @@ def test_a_wrong_provider_is_refused(name: str, tmp_path: Path) -> None:
     assert {r.provider for r in results.read(path)} == {"fused"}, "an earlier figure must go"
 
 
+CHANNEL: dict[str, dict[str, Any]] = {
+    "rows": {"norm": "batch", "activation": "relu"},
+    "images": {"norm": "batch", "activation": "silu", "shape": "2×8×40×50"},
+    "channels-last": {"norm": "instance", "shape": "3×8×5×6", "layout": "channels-last"},
+    "groups": {"norm": "group", "shape": "2×32×5×6", "dtype": "bfloat16", "mode": "forward"},
+}
+
+
+def make_channel_cell(name: str) -> Any:
+    changes = {"suite": "channel", **CHANNEL[name]}
+    cell = make_cell(**changes)
+    channels = cell.sizes[1]
+    return replace(cell, M=math.prod(cell.sizes) // channels, N=channels)
+
+
+@pytest.mark.parametrize("name", CHANNEL)
+def test_right_channel_providers_pass(name: str) -> None:
+    from bench.check_channel import check_channel
+
+    cell = make_channel_cell(name)
+    chain, inputs, providers = make_all(cell)
+    for provider in ("fused", "eager"):
+        check_channel(providers[provider], cell, chain, inputs)
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, "layout"])
+def test_a_wrong_channel_provider_is_refused(wrong: str) -> None:
+    from bench.check import CheckError
+    from bench.check_channel import check_channel
+
+    cell = make_channel_cell("channels-last" if wrong == "layout" else "images")
+    chain, inputs, providers = make_all(cell)
+    call, message = WRONG.get(
+        wrong, (lambda chain, x: chain(x).contiguous(), "the output's strides are")
+    )
+    provider = replace(providers["fused"], forward=lambda given: call(chain, given.x))
+    if wrong == "one row":  # here it is a sample, which nothing of is dropped
+        message = "dropout keeps"
+    with pytest.raises(CheckError, match=re.escape(message)):
+        check_channel(provider, cell, chain, inputs)
+
+
 def test_nothing_is_timed_when_all_are_refused() -> None:
     from bench.harness import measure
     from bench.machine import this_machine
@@ -272,7 +316,7 @@ def make_results(folder: Path) -> None:
     for suite, cells in SUITES.items():
         rows = []
         for index, cell in enumerate(cells()):
-            limit = {"norm": "copy_", "linear": "gemms", "host": "eager"}[suite]
+            limit = {"linear": "gemms", "host": "eager"}.get(suite, "copy_")
             times = {
                 ("fused", cell.mode): [2e-3] * 7,
                 (limit, cell.mode): [1e-3] * 7,
