@@ -29,7 +29,7 @@ StatisticsTensors new_statistics(const ChannelProblem& p) {
   STD_TORCH_CHECK(p.norm != Norm::none, "fused: without a norm there are no statistics");
   const int32_t dtype = compute_dtype(p.compute);
   return {new_tensor({p.blocks(), p.groups}, dtype), new_tensor({p.blocks(), p.groups}, dtype),
-          new_tensor({p.mask ? p.blocks() : 0}, dtype)};
+          new_tensor({p.has_mask ? p.blocks() : 0}, dtype)};
 }
 
 template <class C>
@@ -214,11 +214,8 @@ Tensor sums_operator(Tensor dy, Tensor z, Tensor mean, Tensor variance, Optional
   in_compute_type(p, [&](auto zero) {
     using C = decltype(zero);
     channel_sums(p, own_statistics<C>(p, mean, variance), sums);
-    C* const found = data_of<C>(out);
-    for (int64_t c = 0; c < channels; ++c) {
-      found[c] = static_cast<C>(sums[2 * c]);
-      found[channels + c] = static_cast<C>(sums[2 * c + 1]);
-    }
+    std::transform(sums, sums + 2 * channels, data_of<C>(out),
+                   [](double x) { return static_cast<C>(x); });
   });
   return out;
 }
@@ -241,10 +238,7 @@ Tensor gradient_operator(Tensor dy, Tensor z, Tensor mean, Tensor variance, Tens
     using C = decltype(zero);
     const C* const given =
         static_cast<const C*>(column_array(sums, p.compute, kPartialSlot, 2 * channels));
-    for (int64_t c = 0; c < channels; ++c) {
-      of_channels[2 * c] = static_cast<double>(given[c]);
-      of_channels[2 * c + 1] = static_cast<double>(given[channels + c]);
-    }
+    std::copy_n(given, 2 * channels, of_channels);
     const C* const present = static_cast<const C*>(column_array(count, p.compute, kCountSlot, 1));
     channel_gradient(p, own_statistics<C>(p, mean, variance), present, of_channels);
   });

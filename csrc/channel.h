@@ -56,6 +56,8 @@ struct ChannelProblem {
                  const OptionalTensor& norm_bias, const OptionalTensor& mask,
                  const OptionalTensor& seed, const ChannelScalars& scalars);
 
+  // Decides on `by` and what follows from it.
+  void lay_out_rows(bool dropout);
   // Checks that a tensor is like z, and gives its data.
   void* data_like_z(const torch::stable::Tensor& tensor, const char* name) const;
   void set_out(const torch::stable::Tensor& tensor);
@@ -74,22 +76,23 @@ struct ChannelProblem {
 
   By by;
   int64_t rows, cols;    // rows of a sample; elements of a row
-  int64_t inner = 1;     // consecutive elements of a row that are one channel's
-  int64_t fold = 1;      // rows to a line
+  int64_t inner;         // consecutive elements of a row that are one channel's
+  int64_t fold;          // rows to a line
   int64_t row_counters;  // counters of dropout to a row
 
   const void* z;
   const void* dy = nullptr;
   const void* residual = nullptr;
   void* out = nullptr;
-  const bool* mask = nullptr;
+  const bool* mask = nullptr;  // of an empty tensor null, too
+  bool has_mask = false;
 
   int64_t all_rows() const { return samples * rows; }
   int64_t element_size() const;
   int64_t elements() const { return samples * rows * cols; }
   // Samples whose statistics are apart, and channels that share one.
   int64_t blocks() const { return norm == Norm::group || norm == Norm::instance ? samples : 1; }
-  int64_t width() const { return channels / groups; }
+  int64_t width() const { return groups ? channels / groups : 0; }
   bool is_batch() const { return norm == Norm::batch; }
 
   // `count` rows from a row on, counted over all samples; or columns [start, start + size) of one.
@@ -185,41 +188,42 @@ template <class C>
 void channel_forward(const ChannelProblem& problem, C* mean, C* variance, C* present);
 
 // Calls body(first row, rows, sample) by several threads for all rows, in pieces of one sample, or
-// where `joined`, of any.
+// where `joined`, of any. The pieces depend on the shape alone: so does then which elements are
+// gone over as a pack, which may be rounded otherwise than single ones.
 template <class F>
 void for_each_piece(const ChannelProblem& problem, bool joined, const F& body) {
-  const int64_t rows = joined ? problem.all_rows() : problem.rows;
-  const int64_t per_piece = std::max<int64_t>(1, kPiece / problem.cols);
-  torch::stable::parallel_for(0, problem.all_rows(), std::max<int64_t>(1, kGrain / problem.cols),
-                              [&](int64_t begin, int64_t end) {
-                                // Backwards: what was read last by the pass before is found in the
-                                // caches.
-                                while (end > begin) {
-                                  const int64_t of_sample = (end - 1) / rows * rows;
-                                  const int64_t first =
-                                      std::max({begin, end - per_piece, of_sample});
-                                  body(first, end - first, of_sample / rows);
-                                  end = first;
-                                }
-                              });
+  const int64_t blocks = joined ? 1 : problem.samples, rows = problem.all_rows() / blocks;
+  const int64_t line = problem.fold * problem.cols;
+  const int64_t per_piece = problem.fold * std::max<int64_t>(1, kGrain / line);
+  const int64_t pieces = (rows + per_piece - 1) / per_piece;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(rows, per_piece) * problem.cols));
+  torch::stable::parallel_for(0, blocks * pieces, grain, [&](int64_t begin, int64_t end) {
+    // Backwards: what was read last by the pass before is found in the caches.
+    for (int64_t i = end; i-- > begin;) {
+      const int64_t sample = i / pieces, first = i % pieces * per_piece;
+      body(sample * rows + first, std::min(per_piece, rows - first), sample);
+    }
+  });
 }
 
 // ---- channel_sums.cpp ----
 
-// Σ g and Σ g·x̂, two for each block and channel, rounded to the compute type. If the problem has an
-// out, it becomes dz = g·scale; sums: null where that is all that is wanted.
+// For each block two arrays over the channels, Σ g and Σ g·x̂; for batch norm rounded to the compute
+// type. If the problem has an out, it becomes dz = g·scale; sums: null where that is all that is
+// wanted.
 template <class C>
 void channel_sums(const ChannelProblem& problem, const ChannelStatistics<C>& statistics,
                   double* sums);
 
-// Adds Σ g and Σ g·(z − mean) over rows of By::column to two for each channel.
+// Adds Σ g and Σ g·(z − mean) over rows of By::column to two such arrays.
 template <class C>
 void add_column_sums(const ChannelProblem& problem, ChannelRows& work, double* sums);
 
-// Makes Σ g·x̂ of Σ g·(z − mean), and rounds, for the channels [first, last) of a block.
+// Makes Σ g·x̂ of Σ g·(z − mean), and rounds, for the channels [first, last) of a block; g and gd
+// from the first one's on.
 template <class C>
 void normalize_sums(const ChannelProblem& problem, const ChannelStatistics<C>& statistics,
-                    int64_t block, int64_t first, int64_t last, double* sums);
+                    int64_t block, int64_t first, int64_t last, double* g, double* gd);
 
 // ---- channel_backward.cpp ----
 

@@ -14,44 +14,43 @@ struct Backward {
   const C* present;
   const int64_t channels = p.channels, groups = p.groups, width = p.width();
 
-  C weight(int64_t channel) const {
-    return p.weight ? static_cast<const C*>(p.weight)[channel] : C(1);
-  }
-
   ChannelKernel kernel(int through) const {
     return p.kernels->gradient[static_cast<int>(p.storage)][static_cast<int>(p.by)][through];
   }
 
-  // mean_s(g·w) and mean_s(g·w·x̂) of the groups [first, last) of a block; sums and means from the
-  // first one's on.
-  void fill_means(int64_t block, int64_t first, int64_t last, const double* sums,
+  // mean_s(g·w) and mean_s(g·w·x̂), two for each of the groups [first, last) of a block; the sums
+  // from the first one's on.
+  void fill_means(int64_t block, int64_t first, int64_t last, const double* g, const double* gx,
                   double* means) const {
     const double count = present ? static_cast<double>(present[statistics.row_of(block)])
                                  : static_cast<double>(p.elements() / p.blocks() / groups);
     const double share = count > 0 ? 1.0 / count : 0.0;
-    for (int64_t channel = first * width; channel < last * width; means += 2) {
-      double g = 0, gx = 0;
-      for (int64_t i = 0; i < width; ++i, ++channel, sums += 2) {
-        g += static_cast<double>(weight(channel)) * sums[0];
-        gx += static_cast<double>(weight(channel)) * sums[1];
+    const C* weight = p.weight ? static_cast<const C*>(p.weight) + first * width : nullptr;
+    for (int64_t group = first; group < last; ++group, means += 2, g += width, gx += width) {
+      double sum_g = 0, sum_gx = 0;
+      for (int64_t i = 0; i < width; ++i) {
+        const double w = weight ? static_cast<double>(weight[i]) : 1.0;
+        sum_g += w * g[i];
+        sum_gx += w * gx[i];
       }
-      means[0] = g * share;
-      means[1] = gx * share;
+      if (weight) weight += width;
+      means[0] = sum_g * share;
+      means[1] = sum_gx * share;
     }
   }
 
-  void add_totals(int64_t block, int64_t first, int64_t last, const double* sums,
+  // Adds what the sums of a block say about the parameters, for the channels [first, last).
+  void add_totals(int64_t block, int64_t first, int64_t last, const double* g, const double* gx,
                   const ChannelTotals& totals) const {
-    for (int64_t c = first; c < last; ++c, sums += 2) {
-      if (totals.g) totals.g[c] += sums[0];
-      if (totals.gx) totals.gx[c] += sums[1];
-      if (!totals.gs) continue;
-      double scale = static_cast<double>(weight(c));
+    for (int64_t c = first; totals.g && c < last; ++c) totals.g[c] += g[c - first];
+    for (int64_t c = first; totals.gx && c < last; ++c) totals.gx[c] += gx[c - first];
+    for (int64_t c = first; totals.gs && c < last; ++c) {
+      double scale = p.weight ? static_cast<double>(static_cast<const C*>(p.weight)[c]) : 1.0;
       if (statistics.rows) {
         const int64_t k = statistics.row_of(block) * groups + c / width;
         scale *= reciprocal_deviation(static_cast<double>(statistics.variance[k]), p.eps);
       }
-      totals.gs[c] += sums[0] * scale;
+      totals.gs[c] += g[c - first] * scale;
     }
   }
 
@@ -110,7 +109,7 @@ struct Backward {
       C* const gradient = kept(size);
       for (int64_t k = begin; k < end; ++k) {
         const int64_t sample = k / groups, group = k % groups, first = group * width;
-        double* const of_group = sums + 2 * k * width;
+        double *const g = sums + 2 * sample * channels + first, *const gx = g + channels;
         own.fill(statistics, sample, first, first + width);
         ChannelRows work = p.view_group(sample, group);
         work.coefficients = own.from(0);
@@ -120,15 +119,15 @@ struct Backward {
         work.out = nullptr;
         first_pass(p.stages, work);
         work.out = dz;
-        std::fill_n(of_group, 2 * width, 0.0);
         for (int64_t i = 0; i < runs; ++i) {
-          double* const of_channel = of_group + (p.is_batch() ? 0 : 2 * i);
-          of_channel[0] += of_rows[2 * i];
-          of_channel[1] += of_rows[2 * i + 1];
+          const int64_t channel = p.is_batch() ? 0 : i;
+          const bool more = i > channel;
+          g[channel] = of_rows[2 * i] + (more ? g[channel] : 0);
+          gx[channel] = of_rows[2 * i + 1] + (more ? gx[channel] : 0);
         }
-        normalize_sums(p, statistics, sample, first, first + width, of_group);
+        normalize_sums(p, statistics, sample, first, first + width, g, gx);
         double means[2];
-        fill_means(sample, group, group + 1, of_group, means);
+        fill_means(sample, group, group + 1, g, gx, means);
         own.fill_gradient(statistics, means, sample, first, first + width);
         second_pass(p.stages, work);
       }
@@ -141,7 +140,7 @@ struct Backward {
     return (p.samples + samples_of_piece() - 1) / samples_of_piece();
   }
 
-  // Leaves 3 · channels doubles for each piece of samples: the totals g, gx, gs.
+  // Leaves 2 · channels doubles for each piece of samples: the totals g and gx.
   void small_by_column(double* partial) const {
     const int64_t per_piece = samples_of_piece();
     const ChannelKernel second_pass = kernel(through_of_second());
@@ -151,8 +150,8 @@ struct Backward {
       double* const means = sums + 2 * channels;
       C* const gradient = kept(p.rows * p.cols);
       for (int64_t piece = begin; piece < end; ++piece) {
-        double* const of_piece = partial + piece * 3 * channels;
-        std::fill_n(of_piece, 3 * channels, 0.0);
+        double* const of_piece = partial + piece * 2 * channels;
+        std::fill_n(of_piece, 2 * channels, 0.0);
         const int64_t last = std::min(p.samples, (piece + 1) * per_piece);
         for (int64_t sample = piece * per_piece; sample < last; ++sample) {
           own.fill(statistics, sample, 0, channels);
@@ -164,12 +163,12 @@ struct Backward {
           std::fill_n(sums, 2 * channels, 0.0);
           add_column_sums<C>(p, work, sums);
           work.out = dz;
-          normalize_sums(p, statistics, sample, 0, channels, sums);
-          fill_means(sample, 0, groups, sums, means);
+          normalize_sums(p, statistics, sample, 0, channels, sums, sums + channels);
+          fill_means(sample, 0, groups, sums, sums + channels, means);
           own.fill_gradient(statistics, means, sample, 0, channels);
           p.run_lines(second_pass, work, [](int64_t) {});
-          add_totals(sample, 0, channels, sums,
-                     {of_piece, of_piece + channels, of_piece + 2 * channels});
+          add_totals(sample, 0, channels, sums, sums + channels,
+                     {of_piece, of_piece + channels, nullptr});
         }
       }
     });
@@ -186,8 +185,8 @@ void channel_gradient(const ChannelProblem& p, const ChannelStatistics<C>& stati
   const int64_t blocks = statistics.rows, groups = p.groups;
   double* const means = double_buffer(kMeansSlot, 2 * blocks * groups);
   for (int64_t block = 0; block < blocks; ++block) {
-    backward.fill_means(block, 0, groups, sums + 2 * block * p.channels,
-                        means + 2 * block * groups);
+    const double* const g = sums + 2 * block * p.channels;
+    backward.fill_means(block, 0, groups, g, g + p.channels, means + 2 * block * groups);
   }
   backward.gradient(means);
 }
@@ -206,15 +205,11 @@ void channel_backward(const ChannelProblem& p, const ChannelStatistics<C>& stati
                      is_small(p, 2 * p.element_size() + (backward.keeps() ? sizeof(C) : 0));
   if (small && p.by == By::column) {
     const int64_t pieces = backward.sample_pieces();
-    double* const partial = double_buffer(kPartialSlot, 3 * channels * pieces);
+    double* const partial = double_buffer(kPartialSlot, 2 * channels * pieces);
     backward.small_by_column(partial);
     for (int64_t piece = 0; wanted && piece < pieces; ++piece) {
-      const double* const next = partial + piece * 3 * channels;
-      for (int64_t c = 0; c < channels; ++c) {
-        if (totals.g) totals.g[c] += next[c];
-        if (totals.gx) totals.gx[c] += next[channels + c];
-        if (totals.gs) totals.gs[c] += next[2 * channels + c];
-      }
+      const double* const g = partial + piece * 2 * channels;
+      backward.add_totals(0, 0, channels, g, g + channels, totals);
     }
     return;
   }
@@ -232,12 +227,13 @@ void channel_backward(const ChannelProblem& p, const ChannelStatistics<C>& stati
     channel_gradient(p, statistics, present, sums);
   }
   if (!wanted) return;
-  torch::stable::parallel_for(
-      0, channels, std::max<int64_t>(1, kGrain / 4 / blocks), [&](int64_t begin, int64_t end) {
-        for (int64_t block = 0; block < blocks; ++block) {
-          backward.add_totals(block, begin, end, sums + 2 * (block * channels + begin), totals);
-        }
-      });
+  torch::stable::parallel_for(0, channels, std::max<int64_t>(1, kGrain / 4 / blocks),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t block = 0; block < blocks; ++block) {
+                                  const double* const g = sums + 2 * block * channels + begin;
+                                  backward.add_totals(block, begin, end, g, g + channels, totals);
+                                }
+                              });
 }
 
 #define FUSED_INSTANTIATE(C)                                                                   \

@@ -63,6 +63,7 @@ ChannelProblem::ChannelProblem(const Tensor& z_, const OptionalTensor& norm_weig
                         mask_->scalar_type() == ScalarType::Bool && mask_->is_contiguous(),
                     "fused: mask must be contiguous, bool, (", samples, ", ", positions, ")");
     mask = static_cast<const bool*>(mask_->data_ptr());
+    has_mask = true;
   }
   weight = norm == Norm::none ? nullptr : column_array(norm_weight, compute, kWeightSlot, channels);
   bias = norm == Norm::none ? nullptr : column_array(norm_bias, compute, kBiasSlot, channels);
@@ -82,8 +83,13 @@ ChannelProblem::ChannelProblem(const Tensor& z_, const OptionalTensor& norm_weig
   stages.value = kernels->value[of_compute][scalars.activation];
   stages.gradient = kernels->gradient_stage[of_compute][scalars.activation];
 
-  const bool aligned = !stages.threshold || positions % kElementsPerCounter == 0;
+  lay_out_rows(stages.threshold != 0);
+}
+
+void ChannelProblem::lay_out_rows(bool dropout) {
+  const bool aligned = !dropout || positions % kElementsPerCounter == 0;
   by = channels_last || (positions < kFewPositions && aligned) ? By::column : By::row;
+  inner = fold = 1;
   if (by == By::row) {
     rows = channels;
     cols = positions;
@@ -93,7 +99,7 @@ ChannelProblem::ChannelProblem(const Tensor& z_, const OptionalTensor& norm_weig
     rows = channels_last ? positions : 1;
     cols = channels * inner;
     row_counters = channels_last ? counters_of(channels) : channels * counters_of(positions);
-    const bool foldable = !mask && (!stages.threshold || cols % kElementsPerCounter == 0);
+    const bool foldable = !mask && (!dropout || cols % kElementsPerCounter == 0);
     if (foldable && cols) fold = std::max<int64_t>(1, kLine / cols);
     if (!is_batch() && norm != Norm::none) fold = std::min(fold, std::max<int64_t>(1, rows));
   }

@@ -110,6 +110,10 @@ int64_t column_piece(const ChannelProblem& p, int64_t row, int64_t count, double
     const int64_t lines = folded == p.fold ? count / p.fold : 1;
     if (!folded || !lines) continue;
     const int64_t of_column = p.mask ? present : lines;
+    if (p.cols == groups && p.fold == 1) {  // a column is a group
+      kernel(p.z_at(row * p.cols), mask, lines, of_column, p.cols, out, out + groups, scratch);
+      return present;
+    }
     kernel(p.z_at((row + before) * p.cols), mask, lines, of_column, folded * p.cols, mean, square,
            scratch);
     const double columns = static_cast<double>(folded * width);
@@ -144,29 +148,32 @@ int64_t column_piece(const ChannelProblem& p, int64_t row, int64_t count, double
 // Rows of a block that one piece takes: whole lines, and few enough for sums in float.
 int64_t rows_of_piece(const ChannelProblem& p) {
   const int64_t lines = kPiece / std::max<int64_t>(1, p.fold * p.cols);
-  return p.fold * std::clamp<int64_t>(lines, 1, 512);
+  return p.fold * std::clamp<int64_t>(lines, 1, 256);
 }
 
+// Merges the pieces of a block for the groups [first, last); leaves their moments in the first
+// piece that is not empty.
 template <class C>
-void merge_columns(const ChannelProblem& p, const double* partial, const int64_t* present,
-                   int64_t pieces, int64_t first, int64_t last, C* mean, C* variance) {
+void merge_columns(const ChannelProblem& p, double* partial, const int64_t* present, int64_t pieces,
+                   int64_t first, int64_t last, C* mean, C* variance) {
   const int64_t groups = p.groups, width = p.cols / groups;
-  for (int64_t group = first; group < last; ++group) {
-    Moments all{0, 0};
-    double before = 0;
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-      if (!present[piece]) continue;
-      const double* const next = partial + piece * 2 * groups;
-      const double size = static_cast<double>(present[piece] * width);
-      if (before == 0) {
-        all = {next[group], next[groups + group]};
-      } else {
-        merge(all, {next[group], next[groups + group]}, before, size);
-      }
-      before += size;
+  double *all = nullptr, before = 0;
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    if (!present[piece]) continue;
+    double* const next = partial + piece * 2 * groups;
+    const double size = static_cast<double>(present[piece] * width);
+    const double part = size / (before + size), weight = part * before;
+    for (int64_t k = first; all && k < last; ++k) {
+      const double difference = next[k] - all[k];
+      all[k] += difference * part;
+      all[groups + k] += next[groups + k] + difference * difference * weight;
     }
-    mean[group] = static_cast<C>(all.mean);
-    variance[group] = static_cast<C>(before > 0 ? all.square / before : 0);
+    if (!all) all = next;
+    before += size;
+  }
+  for (int64_t k = first; k < last; ++k) {
+    mean[k] = static_cast<C>(all ? all[k] : 0);
+    variance[k] = static_cast<C>(all ? all[groups + k] / before : 0);
   }
 }
 
@@ -187,7 +194,7 @@ void statistics_by_columns(const ChannelProblem& p, C* mean, C* variance, C* pre
         }
       });
   for (int64_t block = 0; block < blocks; ++block) {
-    const double* const of_block = partial + block * pieces * 2 * groups;
+    double* const of_block = partial + block * pieces * 2 * groups;
     torch::stable::parallel_for(
         0, groups, std::max<int64_t>(1, kGrain / pieces), [&](int64_t begin, int64_t end) {
           merge_columns(p, of_block, found + block * pieces, pieces, begin, end,
@@ -208,7 +215,10 @@ bool by_runs(const ChannelProblem& p) {
 }  // namespace
 
 template <class C>
-void channel_statistics(const ChannelProblem& p, C* mean, C* variance, C* present) {
+void channel_statistics(const ChannelProblem& given, C* mean, C* variance, C* present) {
+  // Dropout shall not change the order of the sums, and so the bits.
+  ChannelProblem p = given;
+  p.lay_out_rows(false);
   const int64_t count = p.blocks() * p.groups;
   if (!p.elements()) {
     std::fill_n(mean, count, C(0));

@@ -15,6 +15,12 @@ bool is_shared(const ChannelProblem& p, const ChannelStatistics<C>& statistics) 
   return statistics.rows <= 1 && !p.channel_threshold;
 }
 
+// As a function: GCC 12 takes the way to float and back for nothing where it makes a vector of two.
+template <class C>
+[[gnu::noinline]] double rounded(double x) {
+  return static_cast<double>(static_cast<C>(x));
+}
+
 template <class C>
 void sums_by_row(const ChannelProblem& p, const ChannelStatistics<C>& statistics, double* sums) {
   const int64_t pieces = (p.cols + kPiece - 1) / kPiece, rows = p.all_rows();
@@ -58,8 +64,9 @@ void sums_by_row(const ChannelProblem& p, const ChannelStatistics<C>& statistics
               gd += next[1];
             }
           }
-          sums[2 * i] = g;
-          sums[2 * i + 1] = gd;
+          double* const out = sums + 2 * (i - i % p.channels) + i % p.channels;
+          out[0] = g;
+          out[p.channels] = gd;
         }
       });
 }
@@ -69,7 +76,7 @@ void sums_by_column(const ChannelProblem& p, const ChannelStatistics<C>& statist
   // Pieces of a sample where its coefficients are its own, else of all rows.
   const bool shared = is_shared(p, statistics);
   const int64_t blocks = shared ? 1 : p.samples, rows = p.all_rows() / blocks;
-  const int64_t per_piece = p.fold * std::clamp<int64_t>(kPiece / (p.fold * p.cols), 1, 512);
+  const int64_t per_piece = p.fold * std::clamp<int64_t>(kPiece / (p.fold * p.cols), 1, 256);
   const int64_t pieces = (rows + per_piece - 1) / per_piece, size = 2 * p.channels;
   double* const partial = sums ? double_buffer(kPartialSlot, blocks * pieces * size) : nullptr;
   CoefficientArrays<C> common(p, kSharedSlot, shared ? p.channels : 0);
@@ -117,12 +124,17 @@ void add_column_sums(const ChannelProblem& p, ChannelRows& work, double* sums) {
   }
   p.run_lines(sums_kernel(p), work, [&](int64_t cols) {
     for (int64_t which = 0; sums && which < 2; ++which) {
+      double* const out = sums + which * p.channels;
       for (int64_t i = 0; i < cols; i += p.cols) {
         const double* next = work.sums + which * cols + i;
+        if (p.inner == 1) {
+          for (int64_t channel = 0; channel < p.channels; ++channel) out[channel] += next[channel];
+          continue;
+        }
         for (int64_t channel = 0; channel < p.channels; ++channel, next += p.inner) {
           double sum = 0;
           for (int64_t k = 0; k < p.inner; ++k) sum += next[k];
-          sums[2 * channel + which] += sum;
+          out[channel] += sum;
         }
       }
     }
@@ -131,37 +143,43 @@ void add_column_sums(const ChannelProblem& p, ChannelRows& work, double* sums) {
 
 template <class C>
 void normalize_sums(const ChannelProblem& p, const ChannelStatistics<C>& statistics, int64_t block,
-                    int64_t first, int64_t last, double* sums) {
-  const int64_t width = p.width();
-  double rstd = 1;
-  for (int64_t channel = first; channel < last; ++channel, sums += 2) {
-    if (statistics.rows && (channel == first || channel % width == 0)) {
-      const int64_t k = statistics.row_of(block) * p.groups + channel / width;
-      rstd =
-          static_cast<C>(reciprocal_deviation(static_cast<double>(statistics.variance[k]), p.eps));
+                    int64_t first, int64_t last, double* g, double* gd) {
+  if (!statistics.rows) return;
+  const int64_t width = p.width(), row = statistics.row_of(block) * p.groups;
+  for (int64_t group = first / width; group * width < last; ++group) {
+    const double variance = static_cast<double>(statistics.variance[row + group]);
+    const double rstd = static_cast<C>(reciprocal_deviation(variance, p.eps));
+    const int64_t end = std::min(last, (group + 1) * width);
+    for (int64_t c = std::max(first, group * width); c < end; ++c) {
+      // Zero, where the sum may have overflowed.
+      gd[c - first] = rstd == 0 ? 0 : gd[c - first] * rstd;
     }
-    sums[0] = static_cast<C>(sums[0]);
-    sums[1] = static_cast<C>(sums[1] * rstd);
+  }
+  // As channel_sums and channel_gradient exchange them.
+  for (int64_t i = 0; p.is_batch() && i < last - first; ++i) {
+    g[i] = rounded<C>(g[i]);
+    gd[i] = rounded<C>(gd[i]);
   }
 }
 
 template <class C>
 void channel_sums(const ChannelProblem& p, const ChannelStatistics<C>& statistics, double* sums) {
-  const int64_t blocks = std::max<int64_t>(1, statistics.rows);
+  const int64_t blocks = std::max<int64_t>(1, statistics.rows), channels = p.channels;
   if (!p.elements()) {
-    if (sums) std::fill_n(sums, 2 * blocks * p.channels, 0.0);
+    if (sums) std::fill_n(sums, 2 * blocks * channels, 0.0);
     return;
   }
   p.by == By::row ? sums_by_row(p, statistics, sums) : sums_by_column(p, statistics, sums);
   for (int64_t block = 0; sums && block < blocks; ++block) {
-    normalize_sums(p, statistics, block, 0, p.channels, sums + 2 * block * p.channels);
+    double* const g = sums + 2 * block * channels;
+    normalize_sums(p, statistics, block, 0, channels, g, g + channels);
   }
 }
 
 #define FUSED_INSTANTIATE(C)                                                                \
   template void add_column_sums<C>(const ChannelProblem&, ChannelRows&, double*);           \
   template void normalize_sums(const ChannelProblem&, const ChannelStatistics<C>&, int64_t, \
-                               int64_t, int64_t, double*);                                  \
+                               int64_t, int64_t, double*, double*);                         \
   template void channel_sums(const ChannelProblem&, const ChannelStatistics<C>&, double*);
 FUSED_INSTANTIATE(float)
 FUSED_INSTANTIATE(double)

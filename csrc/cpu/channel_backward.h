@@ -12,6 +12,8 @@ struct ChannelSumsKernel : ChannelBase<T, kBy, kThrough> {
   using typename Base::C;
   using typename Base::Coefficient;
   using typename Base::V;
+  // Differences that are no normal numbers would lose digits in products with g.
+  static constexpr double kUp = 0x1p24;
   // Columns that are added up in the compute type before the sum goes on in double.
   static constexpr int64_t kBlock = 4096;
 
@@ -20,6 +22,7 @@ struct ChannelSumsKernel : ChannelBase<T, kBy, kThrough> {
     C* const column_g = kBy == By::column && rows.sums ? static_cast<C*>(rows.scratch) : nullptr;
     C* const column_gd = column_g ? column_g + cols : nullptr;
     if (column_g) std::fill_n(column_g, 2 * cols, C(0));
+    const V up = broadcast<V>(kUp);
     typename Base::Call call(stages, rows);
     for (int64_t row = 0; row < rows.rows; ++row) {
       if (Base::left_out(rows, row)) continue;
@@ -42,12 +45,12 @@ struct ChannelSumsKernel : ChannelBase<T, kBy, kThrough> {
                 Base::template each<kCount>(start, [&](int k, int64_t) FUSED_INLINE {
                   g[k] = first_lanes(g[k], n);
                   sum_g[k] += g[k];
-                  sum_gd[k] += g[k] * d[k];
+                  sum_gd[k] += g[k] * (d[k] * up);
                 });
               } else if (column_g) {
                 Base::template each<kCount>(start, [&](int k, int64_t i) FUSED_INLINE {
                   Base::add_to(column_g, i, g[k], n);
-                  Base::add_to(column_gd, i, g[k] * d[k], n);
+                  Base::add_to(column_gd, i, g[k] * (d[k] * up), n);
                 });
               }
             });
@@ -57,10 +60,16 @@ struct ChannelSumsKernel : ChannelBase<T, kBy, kThrough> {
         }
       }
       if constexpr (kBy == By::row) {
-        if (rows.sums) std::copy_n(total, 2, rows.sums + 2 * row);
+        if (rows.sums) {
+          rows.sums[2 * row] = total[0];
+          rows.sums[2 * row + 1] = total[1] * (1 / kUp);
+        }
       }
     }
-    if (column_g) std::copy_n(column_g, 2 * cols, rows.sums);
+    for_each_vector<V>(0, column_g ? cols : 0, [&](int64_t i, auto n) FUSED_INLINE {
+      store_doubles(rows.sums + i, load(column_g + i, n), 1, n);
+      store_doubles(rows.sums + cols + i, load(column_gd + i, n), 1 / kUp, n);
+    });
     if (rows.out && stages.streaming) fence_streaming();
   }
 };

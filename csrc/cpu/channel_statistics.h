@@ -38,12 +38,42 @@ struct ChannelMoments : Packs<T> {
     return corrected(first, sum_lanes(sum), sum_lanes(square), static_cast<double>(n));
   }
 
+  // So few elements that adding up the lanes of vectors would cost more than they save.
+  static constexpr int64_t kShort = 16;
+
+  static double element(const T* p) {
+    if constexpr (sizeof(T) == 2)
+      return static_cast<double>(load(p, 1)[0]);
+    else
+      return static_cast<double>(*p);
+  }
+
+  static Moments of_few(const T* z, int64_t n) {
+    double sum = 0, square = 0;
+    for (int64_t i = 0; i < n; ++i) sum += element(z + i);
+    const double mean = sum / static_cast<double>(n);
+    for (int64_t i = 0; i < n; ++i) {
+      const double d = element(z + i) - mean;
+      square += d * d;
+    }
+    return {mean, square};
+  }
+
+  // From the first mean, the sum and the squares of the differences from it.
   static Moments corrected(double first, double sum, double square, double n) {
-    const double shift = sum / n, rest = square - sum * shift;
-    return {first + shift, rest < 0 ? 0 : rest};
+    // The sum may have overflowed where the squares have.
+    if (!std::isfinite(square)) return {first, square};
+    const double shift = sum / n;
+    return {first + shift, std::max(square - sum * shift, 0.0)};
   }
 
   static void runs(const void* z, int64_t runs, int64_t n, int64_t stride, Moments* out) {
+    if (n <= kShort) {
+      for (int64_t run = 0; run < runs; ++run) {
+        out[run] = of_few(static_cast<const T*>(z) + run * stride, n);
+      }
+      return;
+    }
     for (int64_t run = 0; run < runs; ++run) {
       const T* const start = static_cast<const T*>(z) + run * stride;
       Moments all = block(start, std::min(n, kBlock));
@@ -106,10 +136,17 @@ struct ChannelMoments : Packs<T> {
         store(squares + i, sum_of_squares, n);
       });
     });
+    const double n = static_cast<double>(present), inverse = 1 / n;
+    for_each_vector<V>(0, cols, [=](int64_t i, auto lanes) FUSED_INLINE {
+      store_doubles(mean + i, load(first + i, lanes), 1, lanes);
+      store_doubles(square + i, load(squares + i, lanes), 1, lanes);
+    });
     for (int64_t i = 0; i < cols; ++i) {
-      const Moments found = corrected(first[i], sums[i], squares[i], static_cast<double>(present));
-      mean[i] = found.mean;
-      square[i] = found.square;
+      const double shift = static_cast<double>(sums[i]) * inverse;
+      const double rest = square[i] - shift * shift * n;
+      if (!std::isfinite(square[i])) continue;
+      mean[i] += shift;
+      square[i] = std::max(rest, 0.0);
     }
   }
 };

@@ -60,7 +60,7 @@ inline V broadcast(double x) {
   if constexpr (std::is_same_v<V, double>) {
     return x;
   } else {
-    return V{} + static_cast<float>(x);
+    return static_cast<float>(x) - V{};  // not V{} + x, which makes 0 of −0
   }
 }
 
@@ -144,6 +144,17 @@ inline void store(float* p, f32v x, int n) {
 
 inline double load(const double* p, int) { return *p; }
 inline void store(double* p, double x, int) { *p = x; }
+
+// As doubles, times a factor.
+typedef double f64v __attribute__((vector_size(8 * FUSED_LANES)));
+inline void store_doubles(double* p, f32v x, double factor, All<f32v>) {
+  const f64v wide = __builtin_convertvector(x, f64v) * factor;
+  memcpy(p, &wide, sizeof(wide));
+}
+inline void store_doubles(double* p, f32v x, double factor, int n) {
+  for (int lane = 0; lane < n; ++lane) p[lane] = static_cast<double>(x[lane]) * factor;
+}
+inline void store_doubles(double* p, double x, double factor, int) { *p = x * factor; }
 
 inline f32v from_words(u16v x, const bfloat16*) {
   return as_float(__builtin_convertvector(x, u32v) << 16);
