@@ -56,7 +56,7 @@ def test_every_operation_is_there_once(report: dict[str, Any]) -> None:
     want = {
         (operation, norm, mode, device, dtype)
         for operation in ("linear_norm_act", "norm_act")
-        for norm in ("layer", "rms", None)
+        for norm in ("layer", "rms", "batch", "group", "instance", None)
         for mode in ("training", "inference")
         for device in ("cpu", "cuda")
         for dtype in DTYPES
