@@ -5,6 +5,10 @@ One direction only:
     row.py, row_backward.py → row_sums.py, column_sum.py → activation.py, norm.py, dropout.py
     → elementary.py, tile.py, tuning.py → ..spec
 
+    channel.py → channel_backward.py → channel_held.py, channel_loop.py (and their …_backward.py),
+    channel_statistics.py, channel_apply.py, channel_gradient.py → channel_epilogue.py
+    → channel_tile.py, channel_problem.py → channel_tuning.py → the above but row….py
+
 Nothing here checks what a user passed (functional.py does) and nothing here knows autograd
 (autograd.py does).
 """

@@ -68,6 +68,26 @@ def dropout_multiplier(
     word = tl.reshape(word, (BLOCK_M, BLOCK_N // 2))
     # In the shifted copy the low half decides, in the word itself the high half does.
     number = tl.reshape(tl.join(word << 16, word), (BLOCK_M, BLOCK_N))
+    return scale_or_zero(number, threshold)
+
+
+@triton.jit
+def channel_multiplier(seed, sample, channel, channels, threshold):
+    """The same for whole channels of a sample (int64 scalar): float32, of the shape of `channel`.
+
+    The mask lies over (samples, channels). Every channel calls Philox for itself and takes its half
+    of a word: a tile has few channels, or the elements of each share the cost.
+    """
+    counter = sample * ((channels + 7) // 8) + channel // 8
+    w0, w1, w2, w3 = philox(seed, counter)
+    element = channel % 8
+    word = tl.where(element < 4, tl.where(element < 2, w0, w1), tl.where(element < 6, w2, w3))
+    return scale_or_zero(tl.where(element % 2 == 0, word << 16, word), threshold)
+
+
+@triton.jit
+def scale_or_zero(number, threshold):
+    """The scale where the upper half of the 32-bit number reaches the threshold, else 0."""
     # threshold 65536 (drop everything) wraps to 0 in the comparison; its scale is 0.
     kept = (65536 - threshold).to(tl.float32)
     scale = tl.where(threshold < 65536, tl.div_rn(65536.0, kept), 0.0)

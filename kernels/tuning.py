@@ -52,7 +52,7 @@ class Device(NamedTuple):
 
 # Two persistent programs make the interpreter run the second stage as well.
 INTERPRETER = Device(processors=0, warp_size=32, arch=0)
-_INTERPRETER_PROGRAMS = 2
+INTERPRETER_PROGRAMS = 2
 
 
 def device(z: Tensor) -> Device:
@@ -71,17 +71,17 @@ def _gpu(index: int) -> Device:
 def programs(row_tiles: int, col_blocks: int, tile: Tile, device: Device) -> int:
     """Persistent programs of one block of columns: together what the GPU holds at once."""
     if device.processors == 0:
-        return min(row_tiles, _INTERPRETER_PROGRAMS)
+        return min(row_tiles, INTERPRETER_PROGRAMS)
     per_processor = max(1, PERSISTENT_THREADS_PER_SM // (tile.num_warps * device.warp_size))
     return max(1, min(row_tiles, device.processors * per_processor // col_blocks))
 
 
-def _power_of_two(cols: int, limit: int) -> int:
+def power_of_two(cols: int, limit: int) -> int:
     # 16 columns at least: one 16-byte access of bf16 and one Philox call are 8.
     return min(max(triton.next_power_of_2(cols), 16), limit)
 
 
-def _warps(elements: int, per_thread: int, width: int, limit: int) -> int:
+def warps_of(elements: int, per_thread: int, width: int, limit: int) -> int:
     return max(1, min(limit, elements // (per_thread * width)))
 
 
@@ -89,13 +89,13 @@ def _warps(elements: int, per_thread: int, width: int, limit: int) -> int:
 def forward_tile(cols: int, norm: str | None, device: Device) -> Tile:
     """Tile of the forward kernel; `block_n < cols` says that the row has to be looped over."""
     if norm is None:
-        block_n = _power_of_two(cols, SHARED_COLS)
+        block_n = power_of_two(cols, SHARED_COLS)
     else:
-        block_n = _power_of_two(cols, FORWARD_TILE_COLS)
+        block_n = power_of_two(cols, FORWARD_TILE_COLS)
     block_m = max(1, 2048 // block_n)
     # 16 elements a thread are two 16-byte loads in flight of bf16;
     # static, with a linear bias: 1024 columns 47 registers, 4096 48, 8192 63, 16384 60.
-    warps = _warps(block_m * block_n, 16, device.warp_size, 1024 // device.warp_size)
+    warps = warps_of(block_m * block_n, 16, device.warp_size, 1024 // device.warp_size)
     return Tile(block_m, block_n, warps)
 
 
@@ -116,9 +116,9 @@ def backward_tile(cols: int, norm: str | None, sums: int, itemsize: int, device:
     if device.arch >= 100 and sums > (1 if itemsize == 2 else 0):
         limit = 4096
     whole = norm is not None and cols <= limit
-    block_n = _power_of_two(cols, limit if whole else SHARED_COLS)
+    block_n = power_of_two(cols, limit if whole else SHARED_COLS)
     block_m = max(1, 1024 // block_n)
-    warps = _warps(block_m * block_n, 8, device.warp_size, 512 // device.warp_size)
+    warps = warps_of(block_m * block_n, 8, device.warp_size, 512 // device.warp_size)
     return Tile(block_m, block_n, warps)
 
 

@@ -44,6 +44,7 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
+    torch.bool: "*i1",
 }
 # What an H100 has; only the grid depends on it.
 _PROCESSORS = 132

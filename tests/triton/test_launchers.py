@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
-from fused.kernels import norm, row, row_backward
+from fused.kernels import channel, channel_backward, norm, row, row_backward
 
 from fused import ops
 from fused.spec import NORM_NAMES
@@ -26,6 +26,9 @@ OPERATORS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "row_forward": (row, "row_forward", ops._triton_row_forward),
     "row_forward_": (row, "row_forward", ops._triton_row_forward_),
     "row_backward": (row_backward, "row_backward", ops._triton_row_backward),
+} | {
+    f"channel_{name}": (channel, f"channel_{name}", ops._triton_channel(f"channel_{name}"))
+    for name in ops.CHANNEL_OPERATORS
 }
 
 
@@ -67,4 +70,5 @@ def test_registered_function_passes_every_argument_on(operator: str) -> None:
 def test_constants_are_the_operators() -> None:
     for name in ("WANT_NORM_WEIGHT", "WANT_NORM_BIAS", "WANT_BIAS"):
         assert getattr(row_backward, name) == getattr(ops, name)
+        assert getattr(channel_backward, name) == getattr(ops, name)
     assert {NORM_NAMES[code]: n for code, n in enumerate(ops.STATISTICS_OF)} == norm.STATISTICS

@@ -4,7 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # interpreter.py, oracle.py
+# interpreter.py, oracle.py; channel_cases.py, tolerances.py
+sys.path[:0] = (str(Path(__file__).resolve().parents[i]) for i in (1, 2))
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter

@@ -1,0 +1,279 @@
+"""Backward of the channel norms: which kernels make which gradients.
+
+Sums over programs are finished in a second stage and a fixed order: no atomics, the bits repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import channel_tuning, tuning
+from .channel_gradient import walk_backward
+from .channel_held_backward import held_backward
+from .channel_loop_backward import loop_backward
+from .channel_problem import Problem, problem_of
+from .column_sum import sum_columns
+
+# Bits of `wanted`, as the operator has them (fused/ops.py, which imports this package).
+WANT_NORM_WEIGHT, WANT_NORM_BIAS, WANT_BIAS = 1, 2, 4
+
+
+@triton.jit(do_not_specialize=("channels", "groups", "chunks"))
+def _channel_group_sum_kernel(
+    partial_ptr,
+    norm_weight_ptr,
+    sum_g_ptr,
+    sum_gx_ptr,
+    channels,
+    groups,
+    chunks,
+    WIDTH: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Σ g and Σ g x̂ over the chunks and channels of BLOCK_G groups of a segment.
+
+    partial_ptr is [2, segments, chunks, channels]. Where several channels share a statistic, each
+    is multiplied by its weight. What is added up is one list of chunks · WIDTH entries.
+    """
+    group_blocks = tl.cdiv(groups, BLOCK_G)
+    segment = (tl.program_id(0) // group_blocks).to(tl.int64)
+    group = (tl.program_id(0) % group_blocks * BLOCK_G + tl.arange(0, BLOCK_G))[:, None]
+    plane = tl.cast(tl.num_programs(0) // group_blocks, tl.int64) * chunks * channels
+    partial_ptr += segment * chunks * channels
+    entries = chunks * WIDTH
+    total_g = tl.zeros((BLOCK_G, BLOCK_E), tl.float32)
+    total_gx = tl.zeros((BLOCK_G, BLOCK_E), tl.float32)
+    for entry0 in tl.range(0, entries, BLOCK_E):
+        entry = entry0 + tl.arange(0, BLOCK_E)[None, :]
+        mask = (group < groups) & (entry < entries)
+        channel = group * WIDTH + entry % WIDTH
+        offset = (entry // WIDTH).to(tl.int64) * channels + channel
+        g = tl.load(partial_ptr + offset, mask=mask, other=0.0)
+        gx = tl.load(partial_ptr + plane + offset, mask=mask, other=0.0)
+        if WIDTH > 1:
+            if norm_weight_ptr is not None:
+                weight = tl.load(norm_weight_ptr + channel, mask=mask, other=0.0).to(tl.float32)
+                g *= weight
+                gx *= weight
+        total_g += g
+        total_gx += gx
+    statistic = segment * groups + group
+    tl.store(sum_g_ptr + statistic, tl.sum(total_g, 1, keep_dims=True), mask=group < groups)
+    tl.store(sum_gx_ptr + statistic, tl.sum(total_gx, 1, keep_dims=True), mask=group < groups)
+
+
+def group_sums(
+    partial: Tensor, norm_weight: Tensor | None, problem: Problem
+) -> tuple[Tensor, Tensor]:
+    """float32 (segments, groups) each, as `walk_backward` takes them."""
+    _, segments, chunks, channels = partial.shape
+    sums = tuple(partial.new_empty((segments, problem.groups)) for _ in range(2))
+    tile = channel_tuning.merge_tile(problem.width, tuning.device(partial))
+    with torch.cuda.device_of(partial):
+        _channel_group_sum_kernel[(segments * triton.cdiv(problem.groups, tile.block_m),)](
+            partial,
+            norm_weight,
+            *sums,
+            *(channels, problem.groups, chunks),
+            WIDTH=problem.width,
+            BLOCK_G=tile.block_m,
+            BLOCK_E=tile.block_n,
+            num_warps=tile.num_warps,
+        )
+    return sums[0], sums[1]
+
+
+def _total_sums(partial: Tensor, wanted: Sequence[Tensor | None]) -> None:
+    """wanted[i] (channels,) = partial[i] of (sums, …, channels), all added up; None: not needed."""
+    if any(t is not None for t in wanted):
+        channels = partial.shape[-1]
+        outputs = [partial.new_empty(channels) if t is None else t for t in wanted]
+        with torch.cuda.device_of(partial):
+            sum_columns(partial.flatten(1, -2), outputs)
+
+
+def _statistics_gradient(
+    inputs: tuple[Tensor | None, ...],
+    count: Tensor | None,
+    wanted: tuple[Tensor | None, Tensor | None],
+    dz: Tensor,
+    problem: Problem,
+) -> None:
+    """Gradients through statistics that depend on z; wanted: dnorm_bias and dnorm_weight."""
+    way, tile = problem.group_tile(backward=True, device=tuning.device(dz))
+    if tile is not None:
+        backward = {"held": held_backward, "loop": loop_backward}[way]
+        asked = any(t is not None for t in wanted)
+        partial = backward(inputs, count, dz, asked, problem, tile)
+        if asked:
+            _total_sums(partial, wanted)
+        return
+    partial = walk_backward(inputs, problem, made=(True, True, False))
+    if problem.shared:
+        # A gradient of float32 serves as the sum that dz needs as well.
+        sums = [
+            t if t is not None and t.dtype == torch.float32 else partial.new_empty(problem.channels)
+            for t in wanted
+        ]
+        _total_sums(partial, sums)
+        missing = [t for t in wanted if t is not None and t.dtype != torch.float32]
+    else:
+        sums = list(group_sums(partial, inputs[4], problem))
+        missing = [t for t in wanted if t is not None]
+    if missing:
+        _total_sums(partial, wanted)
+    walk_backward(inputs, problem, sums=(sums[0], sums[1]), count=count, dz=dz)
+
+
+def channel_backward(
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    count: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    wanted: int,
+    constant: bool,
+    norm: int,
+    groups: int,
+    channels_last: bool,
+    eps: float,
+    activation: int,
+    alpha: float,
+    beta: float,
+    threshold: int,
+    channel_dropout: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `channel_forward` or `channel_apply`, given the gradient dy of its result.
+
+    Args:
+        dy, z: three dimensions, contiguous; one dtype.
+        mean, variance: as the forward had them.
+        count: the elements behind each statistic, (samples,) or (1,); None: from the shape.
+        wanted: sum of the WANT_ constants: the sums to make. WANT_BIAS is for a bias that z
+            contains, one for each channel.
+        constant: mean and variance do not depend on z.
+        The others are those of the forward.
+
+    Returns:
+        dz of z's shape and dtype; dnorm_weight and dnorm_bias, (channels,) in the dtypes of their
+        parameters, and dbias, (channels,) in z's dtype. Those that are not wanted, or whose
+        parameter does not exist, are float32 and empty, (0,).
+
+    Raises:
+        ValueError: a bias in front of group norm, whose gradient is not a sum of what is at hand.
+    """
+    scalars = (norm, groups, channels_last, eps, activation, alpha, beta, threshold)
+    problem = problem_of(z, mean, *scalars, channel_dropout)
+    constant = constant or problem.norm is None
+    if problem.norm == "group" and not constant and wanted & WANT_BIAS:
+        raise ValueError(
+            "channel_backward: the gradient of a bias in front of group norm is not offered,"
+            " got wanted & WANT_BIAS; take dz.sum over samples and positions"
+        )
+    if problem.norm is None:
+        norm_weight = norm_bias = mean = variance = None
+    dz = z.new_empty(z.shape)
+    # A sum takes the dtype of its owner; zeros stay where there is nothing to add up, and where the
+    # norm takes the bias out again.
+    owners = (
+        norm_weight if wanted & WANT_NORM_WEIGHT else None,
+        norm_bias if wanted & WANT_NORM_BIAS else None,
+        z if wanted & WANT_BIAS else None,
+    )
+    stays = (z.numel() == 0, z.numel() == 0, z.numel() == 0 or not constant)
+    dnorm_weight, dnorm_bias, dbias = (
+        None if owner is None else (owner.new_zeros if zero else owner.new_empty)(problem.channels)
+        for owner, zero in zip(owners, stays, strict=True)
+    )
+    inputs = (dy, z, mean, variance, norm_weight, norm_bias, mask, seed if threshold else None)
+    if z.numel() and constant:
+        sums = (dnorm_bias, dnorm_weight, dbias)
+        made = (dnorm_bias is not None, dnorm_weight is not None, dbias is not None)
+        partial = walk_backward(inputs, problem, made=made, dz=dz)
+        _total_sums(partial, [t for t in sums if t is not None])
+    elif z.numel():
+        _statistics_gradient(inputs, count, (dnorm_bias, dnorm_weight), dz, problem)
+
+    def made_or_empty(gradient: Tensor | None) -> Tensor:
+        return z.new_empty((0,), dtype=torch.float32) if gradient is None else gradient
+
+    return dz, made_or_empty(dnorm_weight), made_or_empty(dnorm_bias), made_or_empty(dbias)
+
+
+def channel_sums(
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    norm: int,
+    groups: int,
+    channels_last: bool,
+    eps: float,
+    activation: int,
+    alpha: float,
+    beta: float,
+    threshold: int,
+    channel_dropout: bool,
+) -> Tensor:
+    """The sums of batch norm's backward: float32 (2, channels), of g and of g x̂.
+
+    The arguments are those of `channel_backward`, mean and variance (1, channels).
+    """
+    scalars = (norm, groups, channels_last, eps, activation, alpha, beta, threshold)
+    problem = problem_of(z, mean, *scalars, channel_dropout)
+    if z.numel() == 0:
+        return z.new_zeros((2, problem.channels), dtype=torch.float32)
+    sums = z.new_empty((2, problem.channels), dtype=torch.float32)
+    seed = seed if threshold else None
+    inputs = (dy, z, mean, variance, norm_weight, norm_bias, mask, seed)
+    _total_sums(walk_backward(inputs, problem, made=(True, True, False)), [sums[0], sums[1]])
+    return sums
+
+
+def channel_gradient(
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    sums: Tensor,
+    count: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    norm: int,
+    groups: int,
+    channels_last: bool,
+    eps: float,
+    activation: int,
+    alpha: float,
+    beta: float,
+    threshold: int,
+    channel_dropout: bool,
+) -> Tensor:
+    """dz of batch norm, of z's shape and dtype, by the sums of all processes together.
+
+    The arguments are those of `channel_sums`; sums (2, channels) and count (1,) are floating point.
+    """
+    scalars = (norm, groups, channels_last, eps, activation, alpha, beta, threshold)
+    problem = problem_of(z, mean, *scalars, channel_dropout)
+    dz = z.new_empty(z.shape)
+    if z.numel():
+        seed = seed if threshold else None
+        inputs = (dy, z, mean, variance, norm_weight, norm_bias, mask, seed)
+        walk_backward(inputs, problem, sums=(sums[0], sums[1]), count=count, dz=dz)
+    return dz

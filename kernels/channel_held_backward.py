@@ -1,0 +1,161 @@
+"""Backward of `channel_held`: dy and z are read once, dz is written once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import channel_tuning, tuning
+from .channel_epilogue import load_affine, load_gradient
+from .channel_held import channels_of_groups
+from .channel_problem import Problem
+from .channel_tile import (
+    INTEGERS,
+    by_channel,
+    keep_present,
+    load_channels,
+    over_channels,
+    over_positions,
+    place,
+    to_channels,
+)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def _channel_held_bwd_kernel(
+    dy_ptr,
+    z_ptr,
+    mean_ptr,
+    variance_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    mask_ptr,
+    seed_ptr,
+    count_ptr,
+    dz_ptr,
+    partial_ptr,
+    samples,
+    channels,
+    positions,
+    groups,
+    eps,
+    alpha,
+    beta,
+    threshold,
+    ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    LAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PTX: tl.constexpr,
+    PER_THREAD: tl.constexpr,
+    GROUPS: tl.constexpr,
+    UNITS: tl.constexpr,
+    RUN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The same GROUPS groups of every sample that is this program's.
+
+    partial_ptr is [2, programs that share the samples, channels]: sums of g and of g x̂.
+    """
+    group_blocks = tl.cdiv(groups, GROUPS)
+    group0 = tl.program_id(0) % group_blocks * GROUPS
+    sample_program = tl.program_id(0) // group_blocks
+    sample_programs = tl.num_programs(0) // group_blocks
+    channel, channel_mask = channels_of_groups(group0, channels, WIDTH, GROUPS, UNITS, ALIGN, LAST)
+    weight, bias = load_affine(norm_weight_ptr, norm_bias_ptr, channel, channel_mask, LAST)
+    seed = tl.load(seed_ptr) if seed_ptr is not None else None
+    total_g = bias * 0.0
+    total_gx = bias * 0.0
+    for index in tl.range(sample_program, samples, sample_programs, num_stages=STAGES):
+        sample = tl.cast(index, tl.int64)
+        row, offset, mask = place(
+            sample, channel, channel_mask, 0, channels, positions, ALIGN, LAST, RUN
+        )
+        inside = mask
+        if mask_ptr is not None:
+            inside = keep_present(mask, mask_ptr, sample, 0, positions, RUN)[0]
+        d = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        statistic = sample * groups + channel // WIDTH
+        d -= load_channels(mean_ptr, statistic, channel_mask, LAST)
+        variance = load_channels(variance_ptr, statistic, channel_mask, LAST)
+        rstd = tl.rsqrt(variance + tl.cast(eps, tl.float32))
+        g = load_gradient(
+            dy_ptr,
+            d * (weight * rstd) + bias,
+            offset,
+            inside,
+            seed,
+            row,
+            group0 * WIDTH if LAST else 0,
+            channels if LAST else positions,
+            sample,
+            channel,
+            channels,
+            alpha,
+            beta,
+            threshold,
+            ACTIVATION,
+            DROPOUT,
+            mask_ptr is not None,
+            PTX,
+            PER_THREAD,
+            LAST,
+        )
+        sum_g = over_positions(g, LAST)
+        sum_gx = over_positions(g * d, LAST) * rstd
+        total_g += sum_g
+        total_gx += sum_gx
+        elements = tl.cast(positions, tl.float32) * WIDTH
+        if count_ptr is not None:
+            elements = tl.maximum(tl.load(count_ptr + sample), 1.0)
+        mean_g = over_channels(sum_g * weight, GROUPS, LAST) / elements
+        mean_gx = over_channels(sum_gx * weight, GROUPS, LAST) / elements
+        mean_g = to_channels(mean_g, UNITS, LAST)
+        mean_gx = to_channels(mean_gx, UNITS, LAST)
+        dz = g * (weight * rstd) - (d * (mean_gx * rstd * rstd) + mean_g * rstd)
+        if mask_ptr is not None:
+            dz = tl.where(inside, dz, 0.0)
+        tl.store(dz_ptr + offset, dz, mask=mask)
+    if partial_ptr is not None:
+        partial_ptr += by_channel(tl.cast(sample_program, tl.int64) * channels + channel, LAST)
+        tl.store(partial_ptr, total_g, mask=by_channel(channel_mask, LAST))
+        plane = tl.cast(sample_programs, tl.int64) * channels
+        tl.store(partial_ptr + plane, total_gx, mask=by_channel(channel_mask, LAST))
+
+
+def held_backward(
+    inputs: tuple[Tensor | None, ...],
+    count: Tensor | None,
+    dz: Tensor,
+    with_sums: bool,
+    problem: Problem,
+    tile: channel_tuning.GroupTile,
+) -> Tensor:
+    """Writes dz; inputs: as `walk_backward`. Returns float32 (2, programs, channels), of g and g x̂.
+
+    The result is empty without `with_sums`.
+    """
+    device = tuning.device(dz)
+    group_blocks = triton.cdiv(problem.groups, tile.groups)
+    programs = channel_tuning.held_programs(problem.samples, group_blocks, tile, device)
+    shape = (2 if with_sums else 0, programs, problem.channels)
+    partial = dz.new_empty(shape, dtype=torch.float32)
+    with torch.cuda.device_of(dz):
+        _channel_held_bwd_kernel[(programs * group_blocks,)](
+            *inputs,
+            count,
+            dz,
+            partial if with_sums else None,
+            *(problem.samples, problem.channels, problem.positions, problem.groups),
+            *(problem.eps, problem.alpha, problem.beta, problem.threshold),
+            **problem.flags(device),
+            GROUPS=tile.groups,
+            UNITS=tile.units,
+            RUN=tile.run,
+            STAGES=problem.stages(tile),
+            num_warps=tile.num_warps,
+        )
+    return partial

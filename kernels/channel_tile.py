@@ -1,0 +1,180 @@
+"""What the channel kernels share: tiles of (channels, positions) of one sample in either layout.
+
+A tile has UNITS channels and RUN positions. In planar memory (samples, channels, positions) it is
+[UNITS, RUN], with LAST, in (samples, positions, channels), it is [RUN, UNITS]. Numbers that belong
+to a channel are then a column [UNITS, 1] or a row [1, UNITS]: a planar tile reads one weight for
+each of its rows, not one for each element.
+
+Statistics belong to a channel (SHARED: batch norm, and constants), or to a sample and WIDTH
+neighbouring channels (group norm; instance norm has WIDTH 1).
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import row_offset
+
+# Runtime integers whose value must not compile a new kernel: alignment is passed as ALIGN instead.
+INTEGERS = ("samples", "channels", "positions", "groups", "chunks", "steps", "threshold")
+
+
+@triton.jit
+def by_channel(v, LAST: tl.constexpr):
+    """A vector over channels, [UNITS], as it lies in a tile."""
+    if LAST:
+        return v[None, :]
+    else:
+        return v[:, None]
+
+
+@triton.jit
+def over_positions(x, LAST: tl.constexpr):
+    """The sums of a tile's channels, [UNITS, 1] or [1, UNITS]."""
+    if LAST:
+        return tl.sum(x, 0, keep_dims=True)
+    else:
+        return tl.sum(x, 1, keep_dims=True)
+
+
+@triton.jit
+def over_channels(v, GROUPS: tl.constexpr, LAST: tl.constexpr):
+    """The sums of GROUPS runs of neighbouring channels; v is [UNITS, 1] or [1, UNITS].
+
+    The result is [GROUPS, 1]; where each group has one channel, v itself.
+    """
+    if v.numel == GROUPS:
+        return v
+    elif GROUPS == 1:
+        # Not by reshape, whose layout would spread to the whole tile (static: 25000 spilled words).
+        if LAST:
+            return tl.sum(v, 1, keep_dims=True)
+        else:
+            return tl.sum(v, 0, keep_dims=True)
+    else:
+        return tl.sum(tl.reshape(v, (GROUPS, v.numel // GROUPS)), 1, keep_dims=True)
+
+
+@triton.jit
+def to_channels(t, UNITS: tl.constexpr, LAST: tl.constexpr):
+    """The opposite: what belongs to groups, as `over_channels` shapes it, for each channel."""
+    GROUPS: tl.constexpr = t.numel
+    if GROUPS == UNITS or GROUPS == 1:  # noqa: PLR1714 (not in the language)
+        return t
+    else:
+        t = tl.reshape(tl.broadcast_to(t, (GROUPS, UNITS // GROUPS)), (UNITS,))
+        return by_channel(t, LAST)
+
+
+@triton.jit
+def groups_from(group0, GROUPS: tl.constexpr, UNITS: tl.constexpr, LAST: tl.constexpr):
+    """The groups from group0 on, shaped as by `over_channels`."""
+    group = group0 + tl.arange(0, GROUPS)
+    if GROUPS == UNITS and LAST:
+        return group[None, :]
+    else:
+        return group[:, None]
+
+
+@triton.jit
+def channel_end(channels, ALIGN: tl.constexpr, LAST: tl.constexpr):
+    """The number of channels, with the divisibility that the host has checked."""
+    if LAST:
+        return (channels // ALIGN) * ALIGN
+    else:
+        return channels
+
+
+@triton.jit
+def place(
+    sample,  # int64
+    channel,
+    channel_mask,
+    position0,
+    channels,
+    positions,
+    ALIGN: tl.constexpr,
+    LAST: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """Where the tile from `position0` on lies: (row [M] int64, offset [M, N], mask [M, N])."""
+    if LAST:
+        # All positions of all samples may be one sample, of nearly 2^31 positions.
+        position = tl.cast(position0, tl.int64) + tl.arange(0, RUN)
+        row = sample * positions + position
+        offset = row_offset(row, channels, ALIGN) + channel[None, :]
+        mask = (position < positions)[:, None] & channel_mask[None, :]
+    else:
+        position = position0 + tl.arange(0, RUN)
+        row = sample * channels + channel
+        offset = row_offset(row, positions, ALIGN) + position[None, :]
+        mask = channel_mask[:, None] & (position < (positions // ALIGN) * ALIGN)[None, :]
+    return row, offset, mask
+
+
+@triton.jit
+def load_channels(ptr, index, channel_mask, LAST: tl.constexpr):
+    """Numbers that belong to channels, as float32 in the shape of a tile's channels."""
+    mask = by_channel(channel_mask, LAST)
+    return tl.load(ptr + by_channel(index, LAST), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def statistic_of(sample, channel, groups, SHARED: tl.constexpr, WIDTH: tl.constexpr):
+    """The index of the statistic of each channel of a sample."""
+    if SHARED:
+        return channel
+    else:
+        return sample * groups + channel // WIDTH
+
+
+@triton.jit
+def keep_present(mask, mask_ptr, sample, position0, positions, RUN: tl.constexpr):
+    """(mask [RUN, UNITS] without the positions that are padding, how many are not).
+
+    Channels-last memory alone has padding.
+    """
+    position = tl.cast(position0, tl.int64) + tl.arange(0, RUN)
+    present = tl.load(mask_ptr + sample * positions + position, mask=position < positions, other=0)
+    present = present != 0
+    return mask & present[:, None], tl.sum(present.to(tl.float32), 0)
+
+
+@triton.jit
+def load_values(
+    z_ptr,
+    mask_ptr,
+    sample,
+    channel,
+    channel_mask,
+    position0,
+    channels,
+    positions,
+    ALIGN: tl.constexpr,
+    LAST: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """(z float32 [M, N], 0 outside; inside [M, N]; how many positions are inside)."""
+    _, offset, mask = place(
+        sample, channel, channel_mask, position0, channels, positions, ALIGN, LAST, RUN
+    )
+    count = tl.cast(tl.minimum(positions - position0, RUN), tl.float32)
+    if mask_ptr is not None:
+        mask, count = keep_present(mask, mask_ptr, sample, position0, positions, RUN)
+    return tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32), mask, count
+
+
+@triton.jit
+def tile_moments(x, inside, count, LAST: tl.constexpr):
+    """(mean, sum of squared deviations) of the channels of a tile, `count` positions inside."""
+    count = tl.maximum(count, 1.0)
+    mean = over_positions(x, LAST) / count
+    d = tl.where(inside, x - mean, 0.0)
+    return mean, over_positions(d * d, LAST)
+
+
+@triton.jit
+def merge_moments(mean, m2, seen, new_mean, new_m2, new):
+    """(mean, m2) of `seen` and `new` elements together. Chan, Golub and LeVeque, 1983."""
+    share = new / tl.maximum(seen + new, 1.0)
+    delta = new_mean - mean
+    return mean + delta * share, m2 + new_m2 + delta * delta * (seen * share)

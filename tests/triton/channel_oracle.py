@@ -1,0 +1,19 @@
+"""The cases of tests/channel_cases.py, run by the launchers of fused.kernels.channel.
+
+They are called as the dispatcher calls them for CUDA tensors: the functions that ops.py registers,
+with the operators' own lists of arguments.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from fused import ops
+
+# In place of the operators, which find the C++ kernels for CPU tensors.
+LAUNCHERS = SimpleNamespace(
+    **{f"channel_{name}": ops._triton_channel(f"channel_{name}") for name in ops.CHANNEL_OPERATORS},
+    WANT_NORM_WEIGHT=ops.WANT_NORM_WEIGHT,
+    WANT_NORM_BIAS=ops.WANT_NORM_BIAS,
+    WANT_BIAS=ops.WANT_BIAS,
+)
