@@ -244,8 +244,8 @@ class ChannelFunction(torch.autograd.Function):
             dnorm_weight = sums[1].to(norm_weight.dtype) if needs[2] else None
             dnorm_bias = sums[0].to(norm_bias.dtype) if needs[3] else None
             total = synchronize.add_up(sums, ctx.group)
-            known = (mean, variance, total, count, *parameters)
-            dz = ops.channel_gradient(dy, z, *known, *codes)
+            given = (mean, variance, total, count, *parameters)
+            dz = ops.channel_gradient(dy, z, *given, *codes)
         else:
             if count is not None and not count.numel():
                 count = None

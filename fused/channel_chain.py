@@ -216,7 +216,7 @@ class ChannelChain(Chain):
             x = x.unsqueeze(0)
             if residual is not None:
                 options["residual"] = residual.unsqueeze(0)
-        linear = None if self.linear is None else self.linear._parameters
+        linear: Any = None if self.linear is None else self.linear._parameters
         if self._is_small(x, state, codes, mask):
             z = x if linear is None else F.linear(x, linear["weight"], linear["bias"])
             h = small.normalize_channels(z, state, codes[1])
@@ -229,9 +229,8 @@ class ChannelChain(Chain):
         elif linear is None:
             y = run_channel(x, dim, state, codes, **options)
         else:
-            weight = linear["weight"]
-            assert weight is not None
-            y = run_linear_channel(x, weight, linear["bias"], dim, state, codes, **options)
+            weight, bias = linear["weight"], linear["bias"]
+            y = run_linear_channel(x, weight, bias, dim, state, codes, **options)
         return y.squeeze(0) if unbatched else y
 
     def _is_small(self, x: Tensor, norm: ChannelNorm, codes: Codes, mask: Tensor | None) -> bool:

@@ -7,6 +7,7 @@ operators are opaque to torch.compile and know nothing of autograd (autograd.py 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -213,9 +214,7 @@ def _triton_row_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
 
 def _triton_channel(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
-        from .kernels import channel
-
-        return getattr(channel, name)(*args)
+        return getattr(import_module(".kernels.channel", __package__), name)(*args)
 
     return call
 
