@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -21,6 +22,9 @@ namespace fused {
 // Elements that a thread works on at a time: both passes of a statistic, or the passes of forward
 // or backward, find them in the second-level cache.
 constexpr int64_t kPiece = 65536;
+
+// Elements of small groups that are worked on together: a part of the first-level cache.
+constexpr int64_t kTogether = 4096;
 
 // Which buffers of a thread are in use (memory.h); 0 to 4 are also the row operators'.
 enum Slot : int {
@@ -39,6 +43,26 @@ enum Slot : int {
   kMeansSlot = 12,       // and what they give each statistic
   kCountSlot = 13,
   kTotalsSlot = 14,  // what the parameters' gradients are made of
+};
+
+inline double* double_buffer(Slot slot, int64_t count) {
+  return static_cast<double*>(thread_buffer(slot, sizeof(double) * static_cast<size_t>(count)));
+}
+
+// Doubles that all threads read: in a buffer of the calling thread, or if they are many, in a
+// tensor that is freed.
+class SharedDoubles {
+ public:
+  SharedDoubles(Slot slot, int64_t count) {
+    constexpr int64_t kMost = 1 << 17;
+    if (count > kMost) tensor_ = new_tensor({count}, aoti_torch_dtype_float64());
+    data_ = count > kMost ? static_cast<double*>(tensor_.data_ptr()) : double_buffer(slot, count);
+  }
+  double* data() const { return data_; }
+
+ private:
+  torch::stable::Tensor tensor_;
+  double* data_;
 };
 
 struct ChannelScalars {
@@ -98,8 +122,8 @@ struct ChannelProblem {
   // `count` rows from a row on, counted over all samples; or columns [start, start + size) of one.
   ChannelRows view(int64_t row, int64_t count) const;
   ChannelRows view_part(int64_t row, int64_t start, int64_t size) const;
-  // By::row: the rows of a group; for batch norm, those of a channel in all samples.
-  ChannelRows view_group(int64_t sample, int64_t group) const;
+  // By::row: the rows of groups of a sample; for batch norm, those of a channel in all samples.
+  ChannelRows view_groups(int64_t sample, int64_t first, int64_t last) const;
 
   const void* z_at(int64_t element) const;
   int64_t present(int64_t row, int64_t count) const;  // rows that the mask leaves in
@@ -172,13 +196,32 @@ void channel_statistics(const ChannelProblem& problem, C* mean, C* variance, C* 
 // (By::row; for batch norm, of all samples) or a sample (By::column).
 bool is_small(const ChannelProblem& problem, int64_t bytes_of_element);
 
-// The statistics of one of these, by the calling thread.
+// The statistics of some of these, by the calling thread; into the arrays for all.
 template <class C>
-void statistics_of_group(const ChannelProblem& problem, int64_t sample, int64_t group, C* mean,
-                         C* variance);
+void statistics_of_groups(const ChannelProblem& problem, int64_t sample, int64_t first,
+                          int64_t last, C* mean, C* variance);
 template <class C>
 void statistics_of_sample(const ChannelProblem& problem, int64_t sample, C* mean, C* variance,
                           C* present);
+
+// Calls body(sample, first, last) by several threads for the groups [first, last) of a sample, of
+// By::row and small: several together take fewer calls.
+template <class F>
+void for_each_groups(const ChannelProblem& problem, const F& body) {
+  const int64_t groups = problem.groups, of_batch = problem.is_batch() ? problem.samples : 1;
+  const int64_t size = problem.cols * problem.width() * of_batch;
+  const int64_t together =
+      problem.is_batch() ? 1 : std::clamp<int64_t>(kTogether / size, 1, groups);
+  const int64_t pieces = (groups + together - 1) / together;
+  torch::stable::parallel_for(0, problem.blocks() * pieces,
+                              std::max<int64_t>(1, kGrain / (size * together)),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  const int64_t first = i % pieces * together;
+                                  body(i / pieces, first, std::min(groups, first + together));
+                                }
+                              });
+}
 
 // ---- channel_forward.cpp ----
 
@@ -243,9 +286,5 @@ void channel_backward(const ChannelProblem& problem, const ChannelStatistics<C>&
 template <class C>
 void channel_gradient(const ChannelProblem& problem, const ChannelStatistics<C>& statistics,
                       const C* present, const double* sums);
-
-inline double* double_buffer(Slot slot, int64_t count) {
-  return static_cast<double*>(thread_buffer(slot, sizeof(double) * static_cast<size_t>(count)));
-}
 
 }  // namespace fused

@@ -2,6 +2,8 @@
 //
 // As in forward, a group or a sample that is small enough is finished while it is in the cache;
 // else all sums are made first, and g is made again for dz.
+#include <utility>
+
 #include "channel.h"
 
 namespace fused {
@@ -98,39 +100,33 @@ struct Backward {
   }
 
   void small_by_row(double* sums) const {
-    const int64_t runs = p.is_batch() ? p.samples : width, size = p.cols * runs;
     const ChannelKernel first_pass =
         p.kernels->sums[static_cast<int>(p.storage)][static_cast<int>(By::row)][p.through];
     const ChannelKernel second_pass = kernel(through_of_second());
-    const int64_t grain = std::max<int64_t>(1, kGrain / size);
-    torch::stable::parallel_for(0, p.blocks() * groups, grain, [&](int64_t begin, int64_t end) {
-      CoefficientArrays<C> own(p, kOwnSlot, width);
-      double* const of_rows = double_buffer(kOwnPartialSlot, 2 * runs);
-      C* const gradient = kept(size);
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t sample = k / groups, group = k % groups, first = group * width;
-        double *const g = sums + 2 * sample * channels + first, *const gx = g + channels;
-        own.fill(statistics, sample, first, first + width);
-        ChannelRows work = p.view_group(sample, group);
-        work.coefficients = own.from(0);
-        work.gradient = gradient;
-        work.sums = of_rows;
-        void* const dz = work.out;
-        work.out = nullptr;
-        first_pass(p.stages, work);
-        work.out = dz;
-        for (int64_t i = 0; i < runs; ++i) {
-          const int64_t channel = p.is_batch() ? 0 : i;
-          const bool more = i > channel;
-          g[channel] = of_rows[2 * i] + (more ? g[channel] : 0);
-          gx[channel] = of_rows[2 * i + 1] + (more ? gx[channel] : 0);
-        }
-        normalize_sums(p, statistics, sample, first, first + width, g, gx);
-        double means[2];
-        fill_means(sample, group, group + 1, g, gx, means);
-        own.fill_gradient(statistics, means, sample, first, first + width);
-        second_pass(p.stages, work);
+    for_each_groups(p, [&](int64_t sample, int64_t first_group, int64_t last_group) {
+      const int64_t first = first_group * width, last = last_group * width;
+      CoefficientArrays<C> own(p, kOwnSlot, last - first);
+      own.fill(statistics, sample, first, last);
+      ChannelRows work = p.view_groups(sample, first_group, last_group);
+      double* const of_rows = double_buffer(kOwnPartialSlot, 4 * work.rows);
+      work.coefficients = own.from(0);
+      work.gradient = kept(work.rows * p.cols);
+      work.sums = of_rows;
+      void* const dz = std::exchange(work.out, nullptr);
+      first_pass(p.stages, work);
+      work.out = dz;
+      double *const g = sums + 2 * sample * channels + first, *const gx = g + channels;
+      for (int64_t i = 0; i < work.rows; ++i) {
+        const int64_t channel = p.is_batch() ? 0 : i;
+        const bool more = i > channel;
+        g[channel] = of_rows[2 * i] + (more ? g[channel] : 0);
+        gx[channel] = of_rows[2 * i + 1] + (more ? gx[channel] : 0);
       }
+      normalize_sums(p, statistics, sample, first, last, g, gx);
+      double* const means = of_rows + 2 * work.rows;
+      fill_means(sample, first_group, last_group, g, gx, means);
+      own.fill_gradient(statistics, means, sample, first, last);
+      second_pass(p.stages, work);
     });
   }
 
@@ -158,8 +154,7 @@ struct Backward {
           ChannelRows work = p.view(sample * p.rows, p.rows);
           work.coefficients = own.from(0);
           work.gradient = gradient;
-          void* const dz = work.out;
-          work.out = nullptr;
+          void* const dz = std::exchange(work.out, nullptr);
           std::fill_n(sums, 2 * channels, 0.0);
           add_column_sums<C>(p, work, sums);
           work.out = dz;
@@ -183,7 +178,8 @@ void channel_gradient(const ChannelProblem& p, const ChannelStatistics<C>& stati
   if (!p.elements()) return;
   const Backward<C> backward{p, statistics, present};
   const int64_t blocks = statistics.rows, groups = p.groups;
-  double* const means = double_buffer(kMeansSlot, 2 * blocks * groups);
+  const SharedDoubles buffer(kMeansSlot, 2 * blocks * groups);
+  double* const means = buffer.data();
   for (int64_t block = 0; block < blocks; ++block) {
     const double* const g = sums + 2 * block * p.channels;
     backward.fill_means(block, 0, groups, g, g + p.channels, means + 2 * block * groups);
@@ -205,17 +201,18 @@ void channel_backward(const ChannelProblem& p, const ChannelStatistics<C>& stati
                      is_small(p, 2 * p.element_size() + (backward.keeps() ? sizeof(C) : 0));
   if (small && p.by == By::column) {
     const int64_t pieces = backward.sample_pieces();
-    double* const partial = double_buffer(kPartialSlot, 2 * channels * pieces);
-    backward.small_by_column(partial);
+    const SharedDoubles buffer(kPartialSlot, 2 * channels * pieces);
+    backward.small_by_column(buffer.data());
     for (int64_t piece = 0; wanted && piece < pieces; ++piece) {
-      const double* const g = partial + piece * 2 * channels;
+      const double* const g = buffer.data() + piece * 2 * channels;
       backward.add_totals(0, 0, channels, g, g + channels, totals);
     }
     return;
   }
   const int64_t blocks = std::max<int64_t>(1, statistics.rows);
-  double* const sums =
-      constant && !wanted ? nullptr : double_buffer(kSumsSlot, 2 * blocks * channels);
+  const bool needed = wanted || !constant;
+  const SharedDoubles buffer(kSumsSlot, needed ? 2 * blocks * channels : 0);
+  double* const sums = needed ? buffer.data() : nullptr;
   if (small) {
     backward.small_by_row(sums);
   } else if (constant) {

@@ -60,20 +60,15 @@ void channel_forward(const ChannelProblem& p, C* mean, C* variance, C* present) 
     });
     return;
   }
-  const int64_t groups = p.groups, width = p.width();
-  const int64_t size = p.cols * (p.is_batch() ? p.samples : width);
-  torch::stable::parallel_for(
-      0, p.blocks() * groups, std::max<int64_t>(1, kGrain / size), [&](int64_t begin, int64_t end) {
-        CoefficientArrays<C> own(p, kOwnSlot, width);
-        for (int64_t k = begin; k < end; ++k) {
-          const int64_t sample = k / groups, group = k % groups;
-          statistics_of_group(p, sample, group, mean + k, variance + k);
-          own.fill({mean, variance, p.blocks()}, sample, group * width, (group + 1) * width);
-          ChannelRows work = p.view_group(sample, group);
-          work.coefficients = own.from(0);
-          kernel(p.stages, work);
-        }
-      });
+  for_each_groups(p, [&](int64_t sample, int64_t first, int64_t last) {
+    const int64_t width = p.width();
+    statistics_of_groups(p, sample, first, last, mean, variance);
+    CoefficientArrays<C> own(p, kOwnSlot, (last - first) * width);
+    own.fill({mean, variance, p.blocks()}, sample, first * width, last * width);
+    ChannelRows work = p.view_groups(sample, first, last);
+    work.coefficients = own.from(0);
+    kernel(p.stages, work);
+  });
 }
 
 #define FUSED_INSTANTIATE(C)                                                       \

@@ -14,8 +14,12 @@ using torch::stable::Tensor;
 
 namespace {
 
-// Rows of fewer positions than this are taken together, a sample at a time.
-constexpr int64_t kFewPositions = 16;
+// Rows of fewer positions than this are taken together, a sample at a time; of batch norm, whose
+// coefficients are spread along such a row once for all samples, also longer ones while what
+// belongs to the columns stays near the first-level cache. Forward of (64, 512, 16) bfloat16: 1.39
+// by row, 0.35 ms by column; of (32, 512, 49) 0.76 and 1.50 ms (AMD EPYC 9004, one thread, November
+// 2026).
+constexpr int64_t kFewPositions = 16, kFewPositionsOfBatch = 64, kMostSpread = 8192;
 // Lines have at least about so many elements.
 constexpr int64_t kLine = 256;
 
@@ -88,7 +92,10 @@ ChannelProblem::ChannelProblem(const Tensor& z_, const OptionalTensor& norm_weig
 
 void ChannelProblem::lay_out_rows(bool dropout) {
   const bool aligned = !dropout || positions % kElementsPerCounter == 0;
-  by = channels_last || (positions < kFewPositions && aligned) ? By::column : By::row;
+  const bool spread_once =
+      blocks() == 1 && !channel_threshold && channels * positions <= kMostSpread;
+  const bool few = positions < (spread_once ? kFewPositionsOfBatch : kFewPositions);
+  by = channels_last || (few && aligned) ? By::column : By::row;
   inner = fold = 1;
   if (by == By::row) {
     rows = channels;
@@ -140,9 +147,9 @@ ChannelRows ChannelProblem::view_part(int64_t row, int64_t start, int64_t size) 
   return work;
 }
 
-ChannelRows ChannelProblem::view_group(int64_t sample, int64_t group) const {
-  if (!is_batch()) return view(sample * rows + group * width(), width());
-  ChannelRows work = view(group, samples);
+ChannelRows ChannelProblem::view_groups(int64_t sample, int64_t first, int64_t last) const {
+  if (!is_batch()) return view(sample * rows + first * width(), (last - first) * width());
+  ChannelRows work = view(first, samples);
   work.stride = rows * cols;
   work.row_counters = static_cast<uint64_t>(rows * row_counters);
   work.coefficient_step = 0;

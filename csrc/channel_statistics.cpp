@@ -181,8 +181,8 @@ template <class C>
 void statistics_by_columns(const ChannelProblem& p, C* mean, C* variance, C* present) {
   const int64_t blocks = p.blocks(), rows = p.all_rows() / blocks, groups = p.groups;
   const int64_t per_piece = rows_of_piece(p), pieces = (rows + per_piece - 1) / per_piece;
-  double* const partial = static_cast<double*>(thread_buffer(
-      kPartialSlot, sizeof(double) * static_cast<size_t>(blocks * pieces * (2 * groups + 1))));
+  const SharedDoubles buffer(kPartialSlot, blocks * pieces * (2 * groups + 1));
+  double* const partial = buffer.data();
   int64_t* const found = reinterpret_cast<int64_t*>(partial + blocks * pieces * 2 * groups);
   torch::stable::parallel_for(
       0, blocks * pieces, std::max<int64_t>(1, kGrain / (std::min(rows, per_piece) * p.cols)),
@@ -244,14 +244,17 @@ bool is_small(const ChannelProblem& p, int64_t bytes_of_element) {
 }
 
 template <class C>
-void statistics_of_group(const ChannelProblem& p, int64_t sample, int64_t group, C* mean,
-                         C* variance) {
+void statistics_of_groups(const ChannelProblem& p, int64_t sample, int64_t first, int64_t last,
+                          C* mean, C* variance) {
   const Runs runs(p);
-  const int64_t of_one = p.is_batch() ? p.samples : 1;
+  const int64_t of_one = p.is_batch() ? p.samples : 1, count = last - first;
   Moments* const pieces = static_cast<Moments*>(
-      thread_buffer(kColumnSlot, sizeof(Moments) * static_cast<size_t>(of_one)));
-  run_pieces(p, runs, sample * p.groups + group, of_one, p.groups, pieces);
-  merge_runs(runs, pieces, of_one, 1, mean, variance);
+      thread_buffer(kColumnSlot, sizeof(Moments) * static_cast<size_t>(of_one * count)));
+  const int64_t k = sample * p.groups + first;
+  run_pieces(p, runs, k, of_one * count, p.is_batch() ? p.groups : 1, pieces);
+  for (int64_t i = 0; i < count; ++i) {
+    merge_runs(runs, pieces + i * of_one, of_one, 1, mean + k + i, variance + k + i);
+  }
 }
 
 template <class C>
@@ -274,9 +277,9 @@ void statistics_of_sample(const ChannelProblem& p, int64_t sample, C* mean, C* v
   if (present) *present = static_cast<C>(found * (p.cols / groups));
 }
 
-#define FUSED_INSTANTIATE(C)                                                          \
-  template void channel_statistics(const ChannelProblem&, C*, C*, C*);                \
-  template void statistics_of_group(const ChannelProblem&, int64_t, int64_t, C*, C*); \
+#define FUSED_INSTANTIATE(C)                                                                    \
+  template void channel_statistics(const ChannelProblem&, C*, C*, C*);                          \
+  template void statistics_of_groups(const ChannelProblem&, int64_t, int64_t, int64_t, C*, C*); \
   template void statistics_of_sample(const ChannelProblem&, int64_t, C*, C*, C*);
 FUSED_INSTANTIATE(float)
 FUSED_INSTANTIATE(double)

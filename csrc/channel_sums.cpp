@@ -24,7 +24,8 @@ template <class C>
 template <class C>
 void sums_by_row(const ChannelProblem& p, const ChannelStatistics<C>& statistics, double* sums) {
   const int64_t pieces = (p.cols + kPiece - 1) / kPiece, rows = p.all_rows();
-  double* const partial = sums ? double_buffer(kPartialSlot, 2 * rows * pieces) : nullptr;
+  const SharedDoubles buffer(kPartialSlot, sums ? 2 * rows * pieces : 0);
+  double* const partial = sums ? buffer.data() : nullptr;
   const ChannelKernel kernel = sums_kernel(p);
   const bool shared = is_shared(p, statistics);
   CoefficientArrays<C> common(p, kSharedSlot, shared ? p.channels : 0);
@@ -78,7 +79,8 @@ void sums_by_column(const ChannelProblem& p, const ChannelStatistics<C>& statist
   const int64_t blocks = shared ? 1 : p.samples, rows = p.all_rows() / blocks;
   const int64_t per_piece = p.fold * std::clamp<int64_t>(kPiece / (p.fold * p.cols), 1, 256);
   const int64_t pieces = (rows + per_piece - 1) / per_piece, size = 2 * p.channels;
-  double* const partial = sums ? double_buffer(kPartialSlot, blocks * pieces * size) : nullptr;
+  const SharedDoubles buffer(kPartialSlot, sums ? blocks * pieces * size : 0);
+  double* const partial = sums ? buffer.data() : nullptr;
   CoefficientArrays<C> common(p, kSharedSlot, shared ? p.channels : 0);
   if (shared) common.fill(statistics, 0, 0, p.channels);
   const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(rows, per_piece) * p.cols));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from channel_cases import (
 )
 from tolerances import FLOOR, assert_close
 
-from fused import backend, ops, random
+from fused import backend, ops, random, reference
 from fused.spec import ChannelEpilogue, dropout_scale
 
 # Samples, channels, positions, groups: one of each, planes of 2 × 2 and 7 × 7, odd sizes, sizes
@@ -34,6 +35,15 @@ SHAPES = [
 ]
 # Beyond a block of sums in float (4096), a piece (65536) and what is finished in the cache.
 LARGE = [(2, 2, 4099, 1), (2, 3, 66000, 3), (1, 320, 700, 4), (40, 96, 49, 32)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost small tensors more time than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("isa")
@@ -186,7 +196,6 @@ def test_dropout_of_whole_channels(norm: str | None, channels_last: bool) -> Non
     for sizes in ((3, 70, 20), (4, 16, 4), (2, 6, 3000), (30, 9, 1)):
         for dtype in DTYPES:
             inputs = make_inputs(*sizes, dtype, norm, channels_last)
-            epilogue = make_epilogue(norm, "silu", 0.3, sizes[1], sizes[1] // 2, channels_last)
             groups = next(g for g in (sizes[1] // 2, 3) if sizes[1] % g == 0)
             epilogue = make_epilogue(norm, "silu", 0.3, sizes[1], groups, channels_last, True)
             check(inputs, epilogue, f"{sizes} {dtype}")
@@ -339,7 +348,6 @@ def test_without_a_norm_values_pass_as_they_are(activation: str | None) -> None:
 @pytest.mark.parametrize("channels_last", LAYOUTS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_same_bits_at_any_thread_count(norm: str | None, channels_last: bool) -> None:
-    before = torch.get_num_threads()
     for sizes, groups in (
         ((70, 24, 49), 3),
         ((4, 64, 900), 8),
@@ -353,7 +361,6 @@ def test_same_bits_at_any_thread_count(norm: str | None, channels_last: bool) ->
             for p in (0.0, 0.1):
                 epilogue = make_epilogue(norm, "silu", p, sizes[1], groups, channels_last)
                 results.append(run_operator(inputs, epilogue))
-        torch.set_num_threads(before)
         for i, other in enumerate(results[2:]):
             for name, t in other.items():
                 assert torch.equal(t, results[i % 2][name]), (name, sizes)
@@ -450,8 +457,6 @@ def test_statistics(norm: str) -> None:
 
 
 def reference_statistics(inputs: Inputs, epilogue: ChannelEpilogue) -> tuple[torch.Tensor, ...]:
-    from fused import reference
-
     mean, variance, count = reference.channel_statistics(inputs.z.double(), epilogue, inputs.mask)
     return mean, variance, count if inputs.mask is not None else count[:0]
 

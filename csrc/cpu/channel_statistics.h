@@ -42,10 +42,16 @@ struct ChannelMoments : Packs<T> {
   static constexpr int64_t kShort = 16;
 
   static double element(const T* p) {
-    if constexpr (sizeof(T) == 2)
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
+      float value;
+      memcpy(&value, &bits, 4);
+      return static_cast<double>(value);
+    } else if constexpr (std::is_same_v<T, float16>) {
       return static_cast<double>(load(p, 1)[0]);
-    else
+    } else {
       return static_cast<double>(*p);
+    }
   }
 
   static Moments of_few(const T* z, int64_t n) {
