@@ -7,10 +7,11 @@ than a baseline are marked ▼. Shares are a machine limit's time over fused's.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from typing import Any
 
-from .cells import LAYOUTS, LINEAR_SIZES, NORM_SIZES, P
+from .cells import LAYOUTS, LINEAR_SIZES, NORM_SIZES, NUM_GROUPS, P
 from .harness import Row
 
 BASELINES = ("eager", "compile", "max-autotune")
@@ -52,12 +53,16 @@ def name_of(r: Row) -> str:
     return " ".join(filter(None, parts))
 
 
-def ratios(rows: Sequence[Row], marked: bool = True) -> str:
-    """The median of the rows' ratios, and the lowest in brackets where they are several."""
+def ratios(
+    rows: Sequence[Row],
+    marked: bool = True,
+    average: Callable[[list[float]], float] = statistics.median,
+) -> str:
+    """The average of the rows' ratios, and the lowest in brackets where they are several."""
     values = [float(r.over_fused) for r in rows if has_ratio(r)]
     if not values:
         return ABSENT
-    text = f"{statistics.median(values):.2f}"
+    text = f"{average(values):.2f}"
     if len(values) > 1:
         text += f" ({min(values):.2f})"
     return f"{text} {LOSING}" if marked and min(values) < 1 else text
@@ -171,7 +176,7 @@ def host_summary(rows: Sequence[Row]) -> str:
 
 
 def channel_summary(rows: Sequence[Row]) -> str:
-    """A line per norm, size and dtype; layouts side by side, without and with dropout."""
+    """A line per norm, and one per norm, size and dtype with the layouts side by side."""
     header = ["norm", "size", "dtype", "dropout"]
     columns = [(layout, mode) for layout in LAYOUTS for mode in ("forward", "training")]
     for layout, mode in columns:
@@ -182,28 +187,43 @@ def channel_summary(rows: Sequence[Row]) -> str:
         for dtype in dict.fromkeys(r.dtype for r in rows):
             for p in (P, 0.0):
                 own = select(rows, norm=norm, M=M, N=N, shape=shape, dtype=dtype, p=p)
+                if not own:
+                    continue
                 line = [norm, (shape or f"{M}×{N}").replace("×", " × "), dtype]
                 line.append(f"{p:g}" if p else "none")
                 for layout, mode in columns:
-                    cell = select(own, layout=layout, mode=mode)
-                    found = [ratios(select(cell, provider=b)) for b in BASELINES[:2]]
-                    line.append(ABSENT if found == [ABSENT] * 2 else " / ".join(found))
+                    cell = select(own, layout=layout)
+                    found = [ratios(select(cell, provider=b, mode=mode)) for b in BASELINES[:2]]
+                    limit = "copy_" if mode == "forward" else "add"
+                    found.append(ratios(select(cell, provider=limit), marked=False))
+                    line.append(ABSENT if found == [ABSENT] * 3 else " / ".join(found))
                 lines.append(line)
     about = (
-        "Fused's speed-up over eager / over torch.compile; where ReLU and SiLU were measured, the"
-        " median of both and the lower in brackets. GroupNorm has 32 groups."
+        "Fused's speed-up over eager / over torch.compile / share of `copy_` (forward) or of the"
+        " addition (of the backward part), which read once what these norms have to read twice;"
+        " where ReLU and SiLU were measured, the median of both and the lower in brackets."
+        f" GroupNorm has {NUM_GROUPS} groups. torch's InstanceNorm2d turns channels-last images"
+        " into contiguous ones; fused keeps the layout."
     )
-    means = [
-        f"{norm} {_geometric_mean(select(rows, norm=norm)):.2f}"
-        for norm in dict.fromkeys(r.norm for r in rows)
-    ]
-    summary = f"Geometric mean over all comparisons: {', '.join(means)}."
-    return f"{about}\n\n{table(header, lines)}\n\n{summary} {losing_text(rows)}"
+    parts = (_channel_means(rows), about, table(header, lines), losing_text(rows))
+    return "\n\n".join(parts)
 
 
-def _geometric_mean(rows: Sequence[Row]) -> float:
-    found = [float(r.over_fused) for r in rows if has_ratio(r) and r.provider in BASELINES]
-    return statistics.geometric_mean(found) if found else float("nan")
+def _channel_means(rows: Sequence[Row]) -> str:
+    """A line per norm and dropout, over everything else."""
+    header = ["norm", "dropout", "forward / eager", "/ compile"]
+    header += ["forward + backward / eager", "/ compile"]
+    lines = []
+    for norm, p in product(dict.fromkeys(r.norm for r in rows), (P, 0.0)):
+        own = select(rows, norm=norm, p=p)
+        if own:
+            found = [
+                ratios(select(own, mode=mode, provider=b), average=statistics.geometric_mean)
+                for mode, b in product(("forward", "training"), BASELINES[:2])
+            ]
+            lines.append([norm, f"{p:g}" if p else "none", *found])
+    about = "Geometric mean of the speed-up over all cells of a norm, the lowest in brackets."
+    return f"{about}\n\n{table(header, lines)}"
 
 
 SUMMARIES = {

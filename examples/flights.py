@@ -44,14 +44,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--minutes", type=float, default=4.0, help="no third repeat that would pass these")
     add("--batch", type=int, default=2048)
     add("--hidden", type=int, nargs="+", default=[256, 256, 128], metavar="FEATURES")
-    add("--norm", choices=[*NORMS, "none"], default="layer")
+    add("--norm", choices=[*NORMS, "instance", "none"], default="layer", help="instance is refused")
     add("--activation", choices=list(ACTIVATIONS), default="gelu")
     add("--dropout", type=float, default=0.3)
     add("--dtype", choices=list(DTYPES), default="float32", help="bfloat16: under autocast")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0, help="of the split, the weights, the batches, the masks")
     add("--out", type=Path, default=Path(__file__).parent / "output", help="folder of the picture")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.norm == "instance":
+        parser.error(
+            "instance norm takes the statistics of each feature over the positions of a sample, but"
+            f" a flight is one position, so all become zero; choose {', '.join(NORMS)} or none"
+        )
+    return args
 
 
 def describe_data(flights: Flights) -> str:

