@@ -57,7 +57,7 @@ def check_channel(provider: Provider, cell: Cell, chain: nn.Sequential, inputs: 
         want = want * (keep.double() * provider.keep_scale)
     worst = _compare("output", y, want.detach(), limits)
     for (name, got), expected in zip(chain[0].named_buffers(), norm.buffers(), strict=True):
-        worst = max(worst, _compare(name, got, expected, limits))
+        worst = max(worst, _compare(name, got, expected.double(), limits))
     if not gradients:
         return worst
     right = torch.autograd.grad(want, [x, *norm.parameters()], inputs.dy.double())
