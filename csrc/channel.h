@@ -19,8 +19,7 @@
 
 namespace fused {
 
-// Elements that a thread works on at a time: both passes of a statistic, or the passes of forward
-// or backward, find them in the second-level cache.
+// Elements that a thread works on at a time.
 constexpr int64_t kPiece = 65536;
 
 // Elements of small groups that are worked on together: a part of the first-level cache.
@@ -55,13 +54,13 @@ class SharedDoubles {
  public:
   SharedDoubles(Slot slot, int64_t count) {
     constexpr int64_t kMost = 1 << 17;
-    if (count > kMost) tensor_ = new_tensor({count}, aoti_torch_dtype_float64());
-    data_ = count > kMost ? static_cast<double*>(tensor_.data_ptr()) : double_buffer(slot, count);
+    if (count > kMost) tensor_.emplace(new_tensor({count}, aoti_torch_dtype_float64()));
+    data_ = tensor_ ? static_cast<double*>(tensor_->data_ptr()) : double_buffer(slot, count);
   }
   double* data() const { return data_; }
 
  private:
-  torch::stable::Tensor tensor_;
+  OptionalTensor tensor_;
   double* data_;
 };
 
@@ -108,6 +107,7 @@ struct ChannelProblem {
   const void* dy = nullptr;
   const void* residual = nullptr;
   void* out = nullptr;
+  void* gradient = nullptr;    // g of all elements, kept from the sums to dz; null: made again
   const bool* mask = nullptr;  // of an empty tensor null, too
   bool has_mask = false;
 
@@ -124,6 +124,11 @@ struct ChannelProblem {
   ChannelRows view_part(int64_t row, int64_t start, int64_t size) const;
   // By::row: the rows of groups of a sample; for batch norm, those of a channel in all samples.
   ChannelRows view_groups(int64_t sample, int64_t first, int64_t last) const;
+
+  // Rows of By::column that one piece takes: whole lines, and few enough for sums in float.
+  int64_t rows_of_piece() const {
+    return fold * std::clamp<int64_t>(kPiece / std::max<int64_t>(1, fold * cols), 1, 256);
+  }
 
   const void* z_at(int64_t element) const;
   int64_t present(int64_t row, int64_t count) const;  // rows that the mask leaves in

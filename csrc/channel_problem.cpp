@@ -134,6 +134,7 @@ ChannelRows ChannelProblem::view(int64_t row, int64_t count) const {
   work.dy = dy;
   work.residual = residual;
   work.out = out;
+  work.gradient = gradient;
   work.mask = mask ? mask + row : nullptr;
   work.row_counters = static_cast<uint64_t>(row_counters);
   advance(work, row * cols, static_cast<uint64_t>(row) * work.row_counters);
@@ -204,12 +205,12 @@ void CoefficientArrays<C>::fill(const ChannelStatistics<C>& statistics, int64_t 
     const int64_t width = p.width(), base = statistics.row_of(sample) * p.groups;
     for (int64_t group = first / width; group * width < last; ++group) {
       const C mean = statistics.mean[base + group];
-      const C rstd = static_cast<C>(
-          reciprocal_deviation(static_cast<double>(statistics.variance[base + group]), p.eps));
+      const double rstd =
+          reciprocal_deviation(static_cast<double>(statistics.variance[base + group]), p.eps);
       const int64_t end = std::min(last, (group + 1) * width) - first;
       for (int64_t i = std::max(first, group * width) - first; i < end; ++i) {
         mean_[i] = mean;
-        scale_[i] = weight ? rstd * weight[i] : rstd;
+        scale_[i] = static_cast<C>(weight ? rstd * static_cast<double>(weight[i]) : rstd);
       }
     }
   }

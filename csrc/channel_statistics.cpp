@@ -72,8 +72,8 @@ void merge_runs(const Runs& runs, const Moments* pieces, int64_t count, int64_t 
 template <class C>
 void statistics_by_runs(const ChannelProblem& p, C* mean, C* variance) {
   const Runs runs(p);
-  Moments* const pieces = static_cast<Moments*>(
-      thread_buffer(kPartialSlot, sizeof(Moments) * static_cast<size_t>(runs.count * runs.pieces)));
+  const SharedDoubles buffer(kPartialSlot, 2 * runs.count * runs.pieces);
+  Moments* const pieces = reinterpret_cast<Moments*>(buffer.data());
   torch::stable::parallel_for(
       0, runs.count, std::max<int64_t>(1, kGrain / runs.size), [&](int64_t begin, int64_t end) {
         run_pieces(p, runs, begin, end - begin, 1, pieces + begin * runs.pieces);
@@ -111,10 +111,10 @@ int64_t column_piece(const ChannelProblem& p, int64_t row, int64_t count, double
     if (!folded || !lines) continue;
     const int64_t of_column = p.mask ? present : lines;
     if (p.cols == groups && p.fold == 1) {  // a column is a group
-      kernel(p.z_at(row * p.cols), mask, lines, of_column, p.cols, out, out + groups, scratch);
+      kernel(p.z_at(row * p.cols), mask, of_column, p.cols, out, out + groups, scratch);
       return present;
     }
-    kernel(p.z_at((row + before) * p.cols), mask, lines, of_column, folded * p.cols, mean, square,
+    kernel(p.z_at((row + before) * p.cols), mask, of_column, folded * p.cols, mean, square,
            scratch);
     const double columns = static_cast<double>(folded * width);
     for (int64_t group = 0; group < groups; ++group) {
@@ -143,12 +143,6 @@ int64_t column_piece(const ChannelProblem& p, int64_t row, int64_t count, double
     before += lines * folded;
   }
   return present;
-}
-
-// Rows of a block that one piece takes: whole lines, and few enough for sums in float.
-int64_t rows_of_piece(const ChannelProblem& p) {
-  const int64_t lines = kPiece / std::max<int64_t>(1, p.fold * p.cols);
-  return p.fold * std::clamp<int64_t>(lines, 1, 256);
 }
 
 // Merges the pieces of a block for the groups [first, last); leaves their moments in the first
@@ -180,7 +174,7 @@ void merge_columns(const ChannelProblem& p, double* partial, const int64_t* pres
 template <class C>
 void statistics_by_columns(const ChannelProblem& p, C* mean, C* variance, C* present) {
   const int64_t blocks = p.blocks(), rows = p.all_rows() / blocks, groups = p.groups;
-  const int64_t per_piece = rows_of_piece(p), pieces = (rows + per_piece - 1) / per_piece;
+  const int64_t per_piece = p.rows_of_piece(), pieces = (rows + per_piece - 1) / per_piece;
   const SharedDoubles buffer(kPartialSlot, blocks * pieces * (2 * groups + 1));
   double* const partial = buffer.data();
   int64_t* const found = reinterpret_cast<int64_t*>(partial + blocks * pieces * 2 * groups);
@@ -232,15 +226,13 @@ void channel_statistics(const ChannelProblem& given, C* mean, C* variance, C* pr
 }
 
 bool is_small(const ChannelProblem& p, int64_t bytes_of_element) {
-  const int64_t size = p.by == By::column ? p.rows * p.cols
-                       : p.is_batch()     ? p.samples * p.cols
-                                          : p.cols * p.width();
+  if (p.by == By::column) return !p.is_batch() && p.rows * p.cols * bytes_of_element <= kCached;
   // Batch norm's rows lie apart: of short ones, what is fetched ahead would be fetched twice. And
   // dropped channels have other coefficients in each sample.
-  const bool apart = p.is_batch() && (p.by == By::column || p.cols * bytes_of_element < 1024 ||
-                                      p.channel_threshold);
-  return !apart && size <= kPiece && size * bytes_of_element <= kCached &&
-         (p.by == By::row || p.rows <= rows_of_piece(p));
+  const bool apart = p.is_batch() && (p.cols * bytes_of_element < 1024 || p.channel_threshold);
+  const int64_t run = p.is_batch() ? p.cols : p.cols * p.width();
+  const int64_t runs = p.is_batch() ? p.samples : 1;
+  return !apart && run <= kPiece && run * runs * bytes_of_element <= kCached;
 }
 
 template <class C>
@@ -260,21 +252,27 @@ void statistics_of_groups(const ChannelProblem& p, int64_t sample, int64_t first
 template <class C>
 void statistics_of_sample(const ChannelProblem& p, int64_t sample, C* mean, C* variance,
                           C* present) {
-  const int64_t groups = p.groups;
-  double* const partial = static_cast<double*>(
-      thread_buffer(kOwnPartialSlot, sizeof(double) * static_cast<size_t>(2 * groups)));
+  const int64_t groups = p.groups, per_piece = p.rows_of_piece();
+  const int64_t pieces = (p.rows + per_piece - 1) / per_piece;
+  double* const partial = double_buffer(kOwnPartialSlot, pieces * (2 * groups + 1));
   if (by_runs(p)) {
     const Runs runs(p);
-    Moments* const pieces = reinterpret_cast<Moments*>(partial);
-    run_pieces(p, runs, sample * groups, groups, 1, pieces);
+    Moments* const moments = reinterpret_cast<Moments*>(partial);
+    run_pieces(p, runs, sample * groups, groups, 1, moments);
     for (int64_t k = 0; k < groups; ++k) {
-      merge_runs(runs, pieces + k, 1, 1, mean + k, variance + k);
+      merge_runs(runs, moments + k, 1, 1, mean + k, variance + k);
     }
     return;
   }
-  const int64_t found = column_piece(p, sample * p.rows, p.rows, partial);
-  merge_columns(p, partial, &found, 1, 0, groups, mean, variance);
-  if (present) *present = static_cast<C>(found * (p.cols / groups));
+  int64_t* const found = reinterpret_cast<int64_t*>(partial + pieces * 2 * groups);
+  int64_t all = 0;
+  for (int64_t i = 0; i < pieces; ++i) {
+    const int64_t first = i * per_piece, count = std::min(per_piece, p.rows - first);
+    found[i] = column_piece(p, sample * p.rows + first, count, partial + i * 2 * groups);
+    all += found[i];
+  }
+  merge_columns(p, partial, found, pieces, 0, groups, mean, variance);
+  if (present) *present = static_cast<C>(all * (p.cols / groups));
 }
 
 #define FUSED_INSTANTIATE(C)                                                                    \

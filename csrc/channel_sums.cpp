@@ -77,7 +77,7 @@ void sums_by_column(const ChannelProblem& p, const ChannelStatistics<C>& statist
   // Pieces of a sample where its coefficients are its own, else of all rows.
   const bool shared = is_shared(p, statistics);
   const int64_t blocks = shared ? 1 : p.samples, rows = p.all_rows() / blocks;
-  const int64_t per_piece = p.fold * std::clamp<int64_t>(kPiece / (p.fold * p.cols), 1, 256);
+  const int64_t per_piece = p.rows_of_piece();
   const int64_t pieces = (rows + per_piece - 1) / per_piece, size = 2 * p.channels;
   const SharedDoubles buffer(kPartialSlot, sums ? blocks * pieces * size : 0);
   double* const partial = sums ? buffer.data() : nullptr;

@@ -292,6 +292,21 @@ def test_adversarial_values(kind: str, norm: str | None, channels_last: bool) ->
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("channels_last", LAYOUTS)
 @pytest.mark.parametrize("norm", ["batch", "group", "instance"])
+def test_a_first_mean_that_is_far_off(norm: str, channels_last: bool) -> None:
+    """The statistics start from the mean of some of the elements."""
+    channels, positions = (256, 256) if channels_last else (4, 4096)
+    for height in (100.0, 1e4):
+        inputs = make_inputs(
+            *(2, channels, positions, torch.float32, norm, channels_last), residual=False
+        )
+        view = inputs.z.transpose(1, 2) if channels_last else inputs.z
+        view[:, :, : positions // 8] += height
+        check(inputs, make_epilogue(norm, None, 0.0, channels, 2, channels_last), f"{height}")
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("channels_last", LAYOUTS)
+@pytest.mark.parametrize("norm", ["batch", "group", "instance"])
 def test_squares_that_overflow(norm: str, channels_last: bool) -> None:
     """The variance, a float, is infinite: the limit is that of z = mean."""
     z = torch.randn(4, 6, 50).sign().mul_(1e38)

@@ -74,10 +74,10 @@ struct Moments {
 
 // Of `runs` runs of n contiguous elements, `stride` elements apart.
 using MomentsKernel = void (*)(const void* z, int64_t runs, int64_t n, int64_t stride, Moments*);
-// Of each column over the rows whose mask (null: all) is true, `present` of them and at least one.
+// Of each column over the first `present` rows whose mask (null: all) is true, at least one.
 // scratch: 3 · cols elements of the compute type.
-using ColumnMomentsKernel = void (*)(const void* z, const bool* mask, int64_t rows, int64_t present,
-                                     int64_t cols, double* mean, double* square, void* scratch);
+using ColumnMomentsKernel = void (*)(const void* z, const bool* mask, int64_t present, int64_t cols,
+                                     double* mean, double* square, void* scratch);
 
 // Coefficients by row or by column; activation by comparison, by stage, or (gradient kernel) done
 // already: g is read from ChannelRows::gradient.

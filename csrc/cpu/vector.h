@@ -155,6 +155,16 @@ inline void store_doubles(double* p, f32v x, double factor, int n) {
   for (int lane = 0; lane < n; ++lane) p[lane] = static_cast<double>(x[lane]) * factor;
 }
 inline void store_doubles(double* p, double x, double factor, int) { *p = x * factor; }
+inline void add_doubles(double* p, f32v x, double factor, All<f32v>) {
+  f64v sum;
+  memcpy(&sum, p, sizeof(sum));
+  sum += __builtin_convertvector(x, f64v) * factor;
+  memcpy(p, &sum, sizeof(sum));
+}
+inline void add_doubles(double* p, f32v x, double factor, int n) {
+  for (int lane = 0; lane < n; ++lane) p[lane] += static_cast<double>(x[lane]) * factor;
+}
+inline void add_doubles(double* p, double x, double factor, int) { *p += x * factor; }
 
 inline f32v from_words(u16v x, const bfloat16*) {
   return as_float(__builtin_convertvector(x, u32v) << 16);
