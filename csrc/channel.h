@@ -133,6 +133,10 @@ struct ChannelProblem {
   const void* z_at(int64_t element) const;
   int64_t present(int64_t row, int64_t count) const;  // rows that the mask leaves in
 
+  // Calls kernel on rows, of By::column as lines.
+  void run(ChannelKernel kernel, const ChannelRows& work) const {
+    by == By::row ? kernel(stages, work) : run_lines(kernel, work, [](int64_t) {});
+  }
   // Calls kernel on rows of By::column as lines, and after each call done(cols).
   template <class F>
   void run_lines(ChannelKernel kernel, const ChannelRows& given, const F& done) const {
@@ -188,6 +192,47 @@ struct CoefficientArrays {
 
   const ChannelProblem& problem_;
   C *mean_, *scale_, *shift_, *factor_, *slope_, *offset_;
+};
+
+// Coefficients of pieces of rows: made once where they are the same for all samples, else for each
+// piece. With `means` (two for each statistic) also those of the gradient.
+template <class C>
+class PieceCoefficients {
+ public:
+  PieceCoefficients(const ChannelProblem& problem, const ChannelStatistics<C>& statistics,
+                    const double* means = nullptr)
+      : problem_(problem),
+        statistics_(statistics),
+        means_(means),
+        shared_(statistics.rows <= 1 && !problem.channel_threshold),
+        common_(problem, kSharedSlot, shared_ ? problem.channels : 0) {
+    if (shared_) fill(common_, 0, 0, problem.channels);
+  }
+  bool shared() const { return shared_; }
+
+  // Of `count` rows of a sample, from its row `first` on; good until the thread's next call.
+  Coefficients of(int64_t sample, int64_t first, int64_t count) const {
+    const bool by_row = problem_.by == By::row;
+    if (shared_) return common_.from(by_row ? first : 0);
+    const int64_t begin = by_row ? first : 0, end = by_row ? first + count : problem_.channels;
+    CoefficientArrays<C> own(problem_, kOwnSlot, end - begin);
+    fill(own, sample, begin, end);
+    return own.from(0);
+  }
+
+ private:
+  void fill(CoefficientArrays<C>& arrays, int64_t sample, int64_t first, int64_t last) const {
+    arrays.fill(statistics_, sample, first, last);
+    if (!means_) return;
+    const int64_t group = statistics_.row_of(sample) * problem_.groups + first / problem_.width();
+    arrays.fill_gradient(statistics_, means_ + 2 * group, sample, first, last);
+  }
+
+  const ChannelProblem& problem_;
+  const ChannelStatistics<C>& statistics_;
+  const double* means_;
+  bool shared_;
+  CoefficientArrays<C> common_;
 };
 
 // ---- channel_statistics.cpp ----

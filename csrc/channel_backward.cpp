@@ -80,32 +80,13 @@ struct Backward {
 
   void gradient(const double* means) const {
     const ChannelKernel pass = kernel(p.gradient ? static_cast<int>(Through::gradient) : p.through);
-    const bool shared = statistics.rows <= 1 && !p.channel_threshold;
-    CoefficientArrays<C> common(p, kSharedSlot, shared ? channels : 0);
-    if (shared) {
-      common.fill(statistics, 0, 0, channels);
-      common.fill_gradient(statistics, means, 0, 0, channels);
-    }
+    const PieceCoefficients<C> coefficients(p, statistics, means);
     const auto body = [&](int64_t row, int64_t count, int64_t sample) {
       ChannelRows work = p.view(row, count);
-      const int64_t first = p.by == By::row ? row - sample * p.rows : 0;
-      if (shared) {
-        work.coefficients = common.from(first);
-      } else {
-        const int64_t last = p.by == By::row ? first + count : channels;
-        CoefficientArrays<C> own(p, kOwnSlot, last - first);
-        own.fill(statistics, sample, first, last);
-        const int64_t group = statistics.row_of(sample) * groups + first / width;
-        own.fill_gradient(statistics, means + 2 * group, sample, first, last);
-        work.coefficients = own.from(0);
-      }
-      if (p.by == By::row) {
-        pass(p.stages, work);
-      } else {
-        p.run_lines(pass, work, [](int64_t) {});
-      }
+      work.coefficients = coefficients.of(sample, row - sample * p.rows, count);
+      p.run(pass, work);
     };
-    for_each_piece(p, shared && p.by == By::column, body);
+    for_each_piece(p, coefficients.shared() && p.by == By::column, body);
   }
 
   // ---- a group or a sample at a time ----
@@ -189,7 +170,7 @@ struct Backward {
           normalize_sums(p, statistics, sample, 0, channels, sums, sums + channels);
           fill_means(sample, 0, groups, sums, sums + channels, means);
           own.fill_gradient(statistics, means, sample, 0, channels);
-          p.run_lines(second_pass, work, [](int64_t) {});
+          p.run(second_pass, work);
           add_totals(sample, 0, channels, sums, sums + channels,
                      {of_piece, of_piece + channels, nullptr});
         }

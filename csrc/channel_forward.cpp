@@ -15,26 +15,13 @@ template <class C>
 void channel_apply(const ChannelProblem& p, const ChannelStatistics<C>& statistics) {
   if (!p.elements()) return;
   const ChannelKernel kernel = forward_kernel(p);
-  const bool shared = statistics.rows <= 1 && !p.channel_threshold;
-  CoefficientArrays<C> common(p, kSharedSlot, shared ? p.channels : 0);
-  if (shared) common.fill(statistics, 0, 0, p.channels);
-  for_each_piece(p, shared && p.by == By::column, [&](int64_t row, int64_t count, int64_t sample) {
+  const PieceCoefficients<C> coefficients(p, statistics);
+  const auto body = [&](int64_t row, int64_t count, int64_t sample) {
     ChannelRows work = p.view(row, count);
-    const int64_t first = p.by == By::row ? row - sample * p.rows : 0;
-    if (shared) {
-      work.coefficients = common.from(first);
-    } else {
-      const int64_t last = p.by == By::row ? first + count : p.channels;
-      CoefficientArrays<C> own(p, kOwnSlot, last - first);
-      own.fill(statistics, sample, first, last);
-      work.coefficients = own.from(0);
-    }
-    if (p.by == By::row) {
-      kernel(p.stages, work);
-    } else {
-      p.run_lines(kernel, work, [](int64_t) {});
-    }
-  });
+    work.coefficients = coefficients.of(sample, row - sample * p.rows, count);
+    p.run(kernel, work);
+  };
+  for_each_piece(p, coefficients.shared() && p.by == By::column, body);
 }
 
 template <class C>
@@ -55,7 +42,7 @@ void channel_forward(const ChannelProblem& p, C* mean, C* variance, C* present) 
         own.fill({mean, variance, p.samples}, sample, 0, p.channels);
         ChannelRows work = p.view(sample * p.rows, p.rows);
         work.coefficients = own.from(0);
-        p.run_lines(kernel, work, [](int64_t) {});
+        p.run(kernel, work);
       }
     });
     return;

@@ -10,11 +10,6 @@ ChannelKernel sums_kernel(const ChannelProblem& p) {
   return p.kernels->sums[static_cast<int>(p.storage)][static_cast<int>(p.by)][p.through];
 }
 
-template <class C>
-bool is_shared(const ChannelProblem& p, const ChannelStatistics<C>& statistics) {
-  return statistics.rows <= 1 && !p.channel_threshold;
-}
-
 // As a function: GCC 12 takes the way to float and back for nothing where it makes a vector of two.
 template <class C>
 [[gnu::noinline]] double rounded(double x) {
@@ -27,9 +22,7 @@ void sums_by_row(const ChannelProblem& p, const ChannelStatistics<C>& statistics
   const SharedDoubles buffer(kPartialSlot, sums ? 2 * rows * pieces : 0);
   double* const partial = sums ? buffer.data() : nullptr;
   const ChannelKernel kernel = sums_kernel(p);
-  const bool shared = is_shared(p, statistics);
-  CoefficientArrays<C> common(p, kSharedSlot, shared ? p.channels : 0);
-  if (shared) common.fill(statistics, 0, 0, p.channels);
+  const PieceCoefficients<C> coefficients(p, statistics);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::min(p.cols, kPiece));
   torch::stable::parallel_for(0, rows * pieces, grain, [&](int64_t begin, int64_t end) {
     while (begin < end) {
@@ -39,13 +32,7 @@ void sums_by_row(const ChannelProblem& p, const ChannelStatistics<C>& statistics
       const int64_t start = begin % pieces * kPiece;
       ChannelRows work = pieces == 1 ? p.view(row, count)
                                      : p.view_part(row, start, std::min(kPiece, p.cols - start));
-      if (shared) {
-        work.coefficients = common.from(first);
-      } else {
-        CoefficientArrays<C> own(p, kOwnSlot, count);
-        own.fill(statistics, sample, first, first + count);
-        work.coefficients = own.from(0);
-      }
+      work.coefficients = coefficients.of(sample, first, count);
       work.sums = partial ? partial + 2 * begin : nullptr;
       kernel(p.stages, work);
       begin += count;
@@ -75,26 +62,18 @@ void sums_by_row(const ChannelProblem& p, const ChannelStatistics<C>& statistics
 template <class C>
 void sums_by_column(const ChannelProblem& p, const ChannelStatistics<C>& statistics, double* sums) {
   // Pieces of a sample where its coefficients are its own, else of all rows.
-  const bool shared = is_shared(p, statistics);
-  const int64_t blocks = shared ? 1 : p.samples, rows = p.all_rows() / blocks;
+  const PieceCoefficients<C> coefficients(p, statistics);
+  const int64_t blocks = coefficients.shared() ? 1 : p.samples, rows = p.all_rows() / blocks;
   const int64_t per_piece = p.rows_of_piece();
   const int64_t pieces = (rows + per_piece - 1) / per_piece, size = 2 * p.channels;
   const SharedDoubles buffer(kPartialSlot, sums ? blocks * pieces * size : 0);
   double* const partial = sums ? buffer.data() : nullptr;
-  CoefficientArrays<C> common(p, kSharedSlot, shared ? p.channels : 0);
-  if (shared) common.fill(statistics, 0, 0, p.channels);
   const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(rows, per_piece) * p.cols));
   torch::stable::parallel_for(0, blocks * pieces, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t sample = i / pieces, first = i % pieces * per_piece;
       ChannelRows work = p.view(sample * rows + first, std::min(per_piece, rows - first));
-      if (shared) {
-        work.coefficients = common.from(0);
-      } else {
-        CoefficientArrays<C> own(p, kOwnSlot, p.channels);
-        own.fill(statistics, sample, 0, p.channels);
-        work.coefficients = own.from(0);
-      }
+      work.coefficients = coefficients.of(sample, first, work.rows);
       if (partial) std::fill_n(partial + i * size, size, 0.0);
       add_column_sums<C>(p, work, partial ? partial + i * size : nullptr);
     }
