@@ -62,6 +62,7 @@ SOURCES: dict[str, list[str]] = {
     "csrc/channel_forward.cpp": [],
     "csrc/channel_statistics.cpp": [],
     "csrc/channel_problem.cpp": [],
+    "csrc/channel_coefficients.cpp": [],
     "csrc/arguments.cpp": [],
     "csrc/isa.cpp": [],
     "csrc/cpu/memory.cpp": [],
@@ -137,9 +138,11 @@ class BuildExtension(build_ext):
         except (subprocess.CalledProcessError, OSError) as error:
             output = (getattr(error, "stderr", None) or str(error)).strip()
             print(output, file=sys.stderr)
-            # A library of older sources must not be loaded by newer Python code.
-            for stale in (target, ROOT / self.get_ext_filename(ext.name)):
-                stale.unlink(missing_ok=True)
+            # A library of older sources must not be loaded by newer Python code; that of the
+            # checkout is not touched where another is built.
+            target.unlink(missing_ok=True)
+            if self.inplace or self.editable_mode:
+                (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
             say_without(
                 "the compiler failed (its messages are above; pip shows them with -v); install"
                 " g++ 11 or newer and run 'pip install --no-build-isolation .' again"

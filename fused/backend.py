@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from . import ops as _ops  # noqa: F401  defines the schemas that the extension implements
+from . import ops as _ops
 
 BACKENDS = ("auto", "triton", "cuda", "cpp", "reference")
 _DTYPES = {
@@ -59,6 +59,11 @@ def _load_extension() -> tuple[ctypes.CDLL | None, str]:
     except (OSError, RuntimeError, AttributeError) as error:
         first = str(error).strip().splitlines()[0]
         return None, f"the C++ extension does not load ({first}); {_REBUILD}"
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    missing = [name for name in _ops.OPERATORS if not has(f"fused_lnad::{name}", "CPU")]
+    if missing:
+        lacks = ", ".join(missing)
+        return None, f"the C++ extension is older than the Python code (no {lacks}); {_REBUILD}"
     return library, ""
 
 

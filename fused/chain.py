@@ -9,6 +9,7 @@ one, exactly as nn.Sequential would, and remembers why.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +40,10 @@ _autocast_enabled = torch._C._is_any_autocast_enabled
 _compiling = torch.compiler.is_dynamo_compiling
 requested = backend.request.get
 _STRIDED = torch.strided
-ABSENT = -1  # the address of a parameter that is None
+_ABSENT = -1  # the address of a parameter that is None
 
 
-def no_tensor() -> None:
+def _no_tensor() -> None:
     return None
 
 
@@ -64,51 +65,63 @@ class Chain(Stages):
     def _remember(self, x: Tensor) -> None:
         """Notes an input that passed, so that its like needs only the short guard.
 
-        Parameters are held weakly: those of a functional call must not outlive it.
+        Parameters and buffers are held weakly: those of a functional call must not outlive it.
         """
-        if self.norm is not None and len(self.norm.normalized_shape) > 1:
+        shape = self._shape_for_short_guard(x)
+        if shape is None or len(getattr(self.norm, "normalized_shape", ())) > 1:
             return
         watched = []
         for child, kind in zip(self.children, self.types, strict=True):
-            parameters = [
-                (name, no_tensor, ABSENT) if t is None else (name, weakref.ref(t), t.data_ptr())
-                for name, t in child._parameters.items()
+            tensors = [
+                (held, name, _no_tensor, _ABSENT)
+                if t is None
+                else (held, name, weakref.ref(t), t.data_ptr())
+                for held in ("_parameters", "_buffers")
+                for name, t in child.__dict__[held].items()
             ]
-            watched.append((child, kind, FORWARD_OF[kind], parameters))
-        values = None if self.attributes is None else self.attributes(self.activation)
+            watched.append((child, kind, FORWARD_OF[kind], tensors))
+        values = [(read, child, read(child)) for read, child in self._readers()]
         scalars = self._scalars(x.dtype)
-        self.passed = x.dtype, x.device, x.shape[-1], requested(), watched, values, scalars
+        self.passed = x.dtype, x.device, shape, requested(), watched, values, scalars
+
+    def _readers(self) -> list[tuple[Callable[[Any], Any], nn.Module]]:
+        """What reads that which may change about a child, and the child."""
+        if self.attributes is None or self.activation is None:
+            return []
+        return [(self.attributes, self.activation)]
+
+    def _shape_for_short_guard(self, x: Tensor) -> Any:
+        """What must be the same of two inputs' shapes; None where only the full guard can tell."""
+        shape = x.shape
+        if not shape or (self.norm is None and self.linear is None and not x.is_contiguous()):
+            return None
+        return shape[-1]
 
     def _passes_again(self, x: Any, passed: tuple[Any, ...]) -> Codes | None:
-        """The operators' scalars, if the children are untouched and input and parameters look as
-        they did; else None. The caller has compared the children's classes.
+        """The operators' scalars, if the children are untouched, and input, parameters and buffers
+        look as they did; else None. The caller has compared the children's classes.
 
-        A parameter that is the same object with the same memory has kept its dtype, device and
-        shape; nn.Module.to changes the memory of the same object.
+        A tensor that is the same object with the same memory has kept its dtype, device and shape;
+        nn.Module.to changes the memory of the same object.
         """
-        dtype, device, features, asked, watched, values, (eps, p, codes) = passed
+        dtype, device, shape, asked, watched, values, (eps, p, codes) = passed
         if not self._looks_like(x, dtype, device, asked):
             return None
-        shape = x.shape
-        if not shape or shape[-1] != features:
+        if self._shape_for_short_guard(x) != shape:
             return None
-        for child, kind, forward, parameters in watched:
+        for child, kind, forward, tensors in watched:
             own = child.__dict__
             if guard.touched(own, kind, forward):
                 return None
-            if parameters:
-                held = own["_parameters"]
-                for name, reference, address in parameters:
-                    t = held.get(name, self)
-                    if t is not reference() or (ABSENT if t is None else t.data_ptr()) != address:
-                        return None
-        if values is not None and self.attributes(self.activation) != values:  # type: ignore[misc]
-            return None
-        norm, dropout = self.norm, self.dropout
-        if norm is None:
-            if self.linear is None and not x.is_contiguous():
+            for held, name, reference, address in tensors:
+                t = own[held].get(name, self)
+                if t is not reference() or (_ABSENT if t is None else t.data_ptr()) != address:
+                    return None
+        for read, child, value in values:
+            if read(child) != value:
                 return None
-        elif norm.eps != eps:
+        norm, dropout = self.norm, self.dropout
+        if norm is not None and norm.eps != eps:
             return self._other_codes(passed)
         now = dropout.p if dropout is not None and dropout.training else 0.0
         return codes if now == p else self._other_codes(passed)
@@ -179,12 +192,10 @@ class Chain(Stages):
         eps = None if norm is None else norm.eps
         p = dropout.p if dropout is not None and dropout.training else 0.0
         given = 0.0 if norm is None else default_eps(self.norm_name, eps, dtype)
-        # The compiler warns of caches.
-        make = make_codes.__wrapped__ if _compiling() else make_codes
         if self.activation is None:
-            return eps, p, make(self.norm_name, given, None, p)
+            return eps, p, make_codes(self.norm_name, given, None, p)
         activation, parameters = activation_of(self.activation)
-        return eps, p, make(self.norm_name, given, activation, p, parameters)
+        return eps, p, make_codes(self.norm_name, given, activation, p, parameters)
 
     def _codes(self, dtype: torch.dtype) -> Codes:
         return self._scalars(dtype)[2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 
 from . import guard, small
 from .autograd import Codes
-from .chain import ABSENT, Chain, no_tensor, requested
+from .chain import Chain
 from .channel import drop_channels, run_channel, run_linear_channel
 from .checks import few_values
 from .dispatch import chain as run_chain
 from .dispatch import is_compiling, transformed
-from .guard import CHANNEL_DROPOUTS, FORWARD_OF
+from .guard import CHANNEL_DROPOUTS
 from .norms import NORM_CLASSES, channel_norm
 from .running import ChannelNorm
 
@@ -151,45 +150,14 @@ class ChannelChain(Chain):
 
     # ---- the short guard ----
 
-    def _remember(self, x: Tensor) -> None:
-        watched = []
-        for child, kind in zip(self.children, self.types, strict=True):
-            tensors = [
-                (held, name, no_tensor, ABSENT)
-                if t is None
-                else (held, name, weakref.ref(t), t.data_ptr())
-                for held in ("_parameters", "_buffers")
-                for name, t in child.__dict__[held].items()
-            ]
-            watched.append((child, kind, FORWARD_OF[kind], tensors))
-        values = (
-            None if self.attributes is None else self.attributes(self.activation),
-            None if self.norm_values is None else self.norm_values(self.channel_norm),
-        )
-        scalars = self._scalars(x.dtype)
-        self.passed = x.dtype, x.device, x.shape, requested(), watched, values, scalars
+    def _readers(self) -> list[tuple[Callable[[Any], Any], nn.Module]]:
+        readers = super()._readers()
+        if self.norm_values is not None and self.channel_norm is not None:
+            readers.append((self.norm_values, self.channel_norm))
+        return readers
 
-    def _passes_again(self, x: Any, passed: tuple[Any, ...]) -> Codes | None:
-        dtype, device, shape, asked, watched, values, (eps, p, codes) = passed
-        if not self._looks_like(x, dtype, device, asked) or x.shape != shape:
-            return None
-        for child, kind, forward, tensors in watched:
-            own = child.__dict__
-            if guard.touched(own, kind, forward):
-                return None
-            for held, name, reference, address in tensors:
-                t = own[held].get(name, self)
-                if t is not reference() or (ABSENT if t is None else t.data_ptr()) != address:
-                    return None
-        if self.attributes is not None and self.attributes(self.activation) != values[0]:
-            return None
-        if self.norm_values is not None and self.norm_values(self.channel_norm) != values[1]:
-            return None
-        if self.norm is not None and self.norm.eps != eps:
-            return self._other_codes(passed)
-        dropout = self.dropout
-        now = dropout.p if dropout is not None and dropout.training else 0.0
-        return codes if now == p else self._other_codes(passed)
+    def _shape_for_short_guard(self, x: Tensor) -> Any:
+        return x.shape
 
     # ---- running ----
 

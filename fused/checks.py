@@ -101,11 +101,8 @@ def checked_codes(
         raise TypeError(f"{operation}: eps must be a number, got {type(eps).__name__}")
     if eps is not None and is_nan(eps):
         raise ValueError(f"{operation}: eps must be a number, got {eps}")
-    # The compiler warns of caches.
-    make = make_codes.__wrapped__ if torch.compiler.is_dynamo_compiling() else make_codes
-    return make(
-        norm, default_eps(norm, eps, dtype), activation, p, tuple(sorted(parameters.items()))
-    )
+    eps = default_eps(norm, eps, dtype)
+    return make_codes(norm, eps, activation, p, tuple(sorted(parameters.items())))
 
 
 def after_cast(t: Tensor, cast: torch.dtype | None) -> torch.dtype:

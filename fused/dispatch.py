@@ -31,7 +31,6 @@ AUTOCAST_FLOAT32_NORMS = ("layer", "rms", "group")
 _CUDA_AUTOCAST_FLOAT32 = (ACTIVATION_CODES["softplus"], ACTIVATION_CODES["relu_squared"])
 
 
-@lru_cache(maxsize=4096)
 def make_codes(
     norm: str | None,
     eps: float,
@@ -40,6 +39,19 @@ def make_codes(
     parameters: tuple[tuple[str, float], ...] = (),
 ) -> Codes:
     """The operators' scalars for one chain; raises as `spec.make_epilogue` does."""
+    # The compiler warns of caches.
+    make = _cached_codes.__wrapped__ if is_compiling() else _cached_codes
+    return make(norm, eps, activation, p, parameters)
+
+
+@lru_cache(maxsize=4096)
+def _cached_codes(
+    norm: str | None,
+    eps: float,
+    activation: str | None,
+    p: float,
+    parameters: tuple[tuple[str, float], ...],
+) -> Codes:
     return make_epilogue(norm, eps, activation, p, parameters).codes
 
 

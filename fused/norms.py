@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .autograd import Codes
 from .channel import run_channel
 from .checks import check_mask, few_values
 from .dispatch import make_codes
@@ -67,11 +65,6 @@ def channel_norm(module: Any, name: str, count: bool = True) -> ChannelNorm:
     return norm
 
 
-def _codes(name: str, eps: float) -> Codes:
-    make = make_codes.__wrapped__ if torch.compiler.is_dynamo_compiling() else make_codes
-    return make(name, eps, None, 0.0)
-
-
 def _forward(module: Any, name: str, x: Tensor, mask: Tensor | None) -> Tensor:
     """The module's own forward: the norm by itself."""
     operation, dim = type(module).__name__, module.channel_dim
@@ -85,7 +78,8 @@ def _forward(module: Any, name: str, x: Tensor, mask: Tensor | None) -> Tensor:
     reason = few_values(channel_norm(module, name, count=False), tuple(x.shape), dim)
     if reason:
         raise ValueError(reason)
-    return run_channel(x, dim, channel_norm(module, name), _codes(name, module.eps), mask=mask)
+    codes = make_codes(name, module.eps, None, 0.0)
+    return run_channel(x, dim, channel_norm(module, name), codes, mask=mask)
 
 
 class BatchNorm(_BatchNorm):
@@ -243,8 +237,7 @@ class ChannelDropout(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training and self.p):
             return input
-        make = make_codes.__wrapped__ if torch.compiler.is_dynamo_compiling() else make_codes
-        codes = make(None, 0.0, None, self.p)
+        codes = make_codes(None, 0.0, None, self.p)
         return run_channel(input, self.channel_dim, ChannelNorm(), codes, channel_dropout=True)
 
     def extra_repr(self) -> str:

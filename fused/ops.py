@@ -1,7 +1,8 @@
 """The raw operators: schemas, fake kernels, and the Triton implementations.
 
-The C++ implementations register themselves when the extension is loaded (csrc/ops.cpp). The
-operators are opaque to torch.compile and know nothing of autograd (autograd.py does).
+The C++ implementations register themselves when the extension is loaded (csrc/row.cpp and
+csrc/channel.cpp). The operators are opaque to torch.compile and know nothing of autograd
+(autograd.py does).
 """
 
 from __future__ import annotations
@@ -219,20 +220,29 @@ def _triton_channel(name: str) -> Callable[..., Any]:
     return call
 
 
+def _triton_channel_apply_(z: Tensor, *args: Any) -> None:
+    from .kernels.channel import channel_apply
+
+    channel_apply(z, *args, out=z)
+
+
 _library.impl("row_forward", _triton_row_forward, "CUDA")
 _library.impl("row_forward_", _triton_row_forward_, "CUDA")
 _library.impl("row_backward", _triton_row_backward, "CUDA")
 
-CHANNEL_OPERATORS = ("statistics", "forward", "apply", "apply_", "backward", "sums", "gradient")
-for _name in CHANNEL_OPERATORS:
-    _library.impl(f"channel_{_name}", _triton_channel(f"channel_{_name}"), "CUDA")
+_library.impl("channel_apply_", _triton_channel_apply_, "CUDA")
+
+# Those whose launcher in kernels/channel.py has the operator's name and arguments.
+CHANNEL_LAUNCHERS = tuple(
+    f"channel_{name}" for name in ("statistics", "forward", "apply", "backward", "sums", "gradient")
+)
+for _name in CHANNEL_LAUNCHERS:
+    _library.impl(_name, _triton_channel(_name), "CUDA")
 
 # Differentiation is autograd.py's; without this, torch's fallback for operators that have none
 # would look through the arguments at every call.
-for _name in (
-    *("row_forward", "row_forward_", "row_backward"),
-    *(f"channel_{name}" for name in CHANNEL_OPERATORS),
-):
+OPERATORS = ("row_forward", "row_forward_", "row_backward", *CHANNEL_LAUNCHERS, "channel_apply_")
+for _name in OPERATORS:
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 row_forward = torch.ops.fused_lnad.row_forward.default

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .moments import gather
+
 Statistics = tuple[Tensor, Tensor, Tensor]
 
 
@@ -35,15 +37,11 @@ def merge_statistics(z: Tensor, channels_last: bool, local: Statistics, group: A
 
     The formula is that of Chan, Golub and LeVeque, 1983, for many parts at once.
     """
-    import torch.distributed as dist
-
     mean, variance, count = local
     if not count.numel():
         count = mean.new_full((1,), z.shape[0] * z.shape[1 if channels_last else 2])
     own = torch.cat([mean.view(-1), variance.view(-1), count]).double()
-    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, own, group=group)
-    parts = torch.stack(gathered)  # (processes, 2 · channels + 1)
+    parts = gather("batch norm", own, group)  # (processes, 2 · channels + 1)
     channels = mean.shape[1]
     means, variances, counts = parts.split([channels, channels, 1], dim=1)
     total = counts.sum(0)

@@ -20,7 +20,6 @@ from .channel_statistics import empty_statistics, split_statistics
 
 __all__ = [
     "channel_apply",
-    "channel_apply_",
     "channel_backward",
     "channel_forward",
     "channel_gradient",
@@ -139,45 +138,3 @@ def channel_apply(
         mean = variance = norm_weight = norm_bias = None
     apply(z, (mean, variance), (norm_weight, norm_bias), residual, mask, seed, y, problem)
     return y
-
-
-def channel_apply_(
-    z: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    norm: int,
-    groups: int,
-    channels_last: bool,
-    eps: float,
-    activation: int,
-    alpha: float,
-    beta: float,
-    threshold: int,
-    channel_dropout: bool,
-) -> None:
-    """`channel_apply` that writes y over z."""
-    channel_apply(
-        z,
-        mean,
-        variance,
-        norm_weight,
-        norm_bias,
-        residual,
-        mask,
-        seed,
-        norm,
-        groups,
-        channels_last,
-        eps,
-        activation,
-        alpha,
-        beta,
-        threshold,
-        channel_dropout,
-        out=z,
-    )

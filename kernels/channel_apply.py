@@ -16,7 +16,7 @@ from . import tuning
 from .channel_epilogue import load_normalizer, write_output
 from .channel_problem import Problem
 from .channel_statistics import segment_of_program
-from .channel_tile import INTEGERS, channel_end, keep_present, place, statistic_of
+from .channel_tile import INTEGERS, channel_end, load_tile, statistic_of
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -53,7 +53,7 @@ def _channel_apply_kernel(
 ):
     """One chunk of `steps` tiles of a segment of `samples` samples."""
     blocks = tl.cdiv(positions, RUN)
-    segment, _, channel0, tile0, tile1 = segment_of_program(
+    segment, _chunk, channel0, tile0, tile1 = segment_of_program(
         channels, chunks, steps, samples * blocks, UNITS
     )
     channel = channel0 + tl.arange(0, UNITS)
@@ -76,38 +76,24 @@ def _channel_apply_kernel(
     for tile in tl.range(tile0, tile1):
         sample = segment * samples + tl.cast(tile, tl.int32) // blocks
         position0 = tl.cast(tile, tl.int32) % blocks * RUN
-        row, offset, mask = place(
-            sample, channel, channel_mask, position0, channels, positions, ALIGN, LAST, RUN
+        h, row, offset, mask, inside, _count = load_tile(
+            *(z_ptr, mask_ptr, sample, channel, channel_mask),
+            *(position0, channels, positions, ALIGN, LAST, RUN),
         )
-        inside = mask
-        if mask_ptr is not None:
-            inside = keep_present(mask, mask_ptr, sample, position0, positions, RUN)[0]
-        h = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         if mean_ptr is not None:
             h = (h - mean) * scale + bias
         write_output(
             h,
             residual_ptr,
             y_ptr,
+            row,
             offset,
             mask,
             inside,
             seed,
-            row,
-            channel0 if LAST else position0,
-            channels if LAST else positions,
-            sample,
-            channel,
-            channels,
-            alpha,
-            beta,
-            threshold,
-            ACTIVATION,
-            DROPOUT,
-            mask_ptr is not None,
-            PTX,
-            PER_THREAD,
-            LAST,
+            *(sample, channel, channel0, position0, channels, positions),
+            *(alpha, beta, threshold, ACTIVATION, DROPOUT),
+            *(mask_ptr is not None, PTX, PER_THREAD, LAST),
         )
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate, activate_grad
-from .channel_tile import by_channel, load_channels
+from .channel_tile import by_channel, load_channels, load_tile
 from .dropout import channel_multiplier, dropout_multiplier
 
 
@@ -51,11 +51,12 @@ def drop(
     x,
     seed,
     row,
-    col0,
-    cols,
     sample,
     channel,
+    channel0,
+    position0,
     channels,
+    positions,
     threshold,
     DROPOUT: tl.constexpr,
     PER_THREAD: tl.constexpr,
@@ -63,13 +64,15 @@ def drop(
 ):
     """x times dropout's multiplier: of elements, of whole channels, or (None) 1.
 
-    Elements are those of rows x cols in memory order, the tile's from col0, a multiple of 8, on.
+    x is the tile from channel0 and position0 on; the one along its rows is a multiple of 8.
     """
     if DROPOUT is None:
         return x
     elif DROPOUT == "channels":
         return x * channel_multiplier(seed, sample, by_channel(channel, LAST), channels, threshold)
     else:
+        col0 = channel0 if LAST else position0
+        cols = channels if LAST else positions
         return x * dropout_multiplier(
             seed, row, col0, cols, threshold, PER_THREAD, x.shape[0], x.shape[1]
         )
@@ -80,16 +83,17 @@ def write_output(
     h,
     residual_ptr,
     y_ptr,
+    row,
     offset,
     mask,
     inside,
     seed,
-    row,
-    col0,
-    cols,
     sample,
     channel,
+    channel0,
+    position0,
     channels,
+    positions,
     alpha,
     beta,
     threshold,
@@ -103,7 +107,10 @@ def write_output(
     """residual + dropout(activation(h)) to y; 0 where `mask` holds but not `inside`: padding."""
     y = activate(h, tl.cast(alpha, tl.float32), tl.cast(beta, tl.float32), ACTIVATION, PTX)
     y = drop(
-        y, seed, row, col0, cols, sample, channel, channels, threshold, DROPOUT, PER_THREAD, LAST
+        y,
+        seed,
+        *(row, sample, channel, channel0, position0, channels, positions),
+        *(threshold, DROPOUT, PER_THREAD, LAST),
     )
     if residual_ptr is not None:
         y += tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
@@ -115,33 +122,54 @@ def write_output(
 @triton.jit
 def load_gradient(
     dy_ptr,
-    h,
-    offset,
-    inside,
+    z_ptr,
+    mask_ptr,
+    mean,
+    scale,
+    bias,
     seed,
-    row,
-    col0,
-    cols,
     sample,
     channel,
+    channel_mask,
+    channel0,
+    position0,
     channels,
+    positions,
     alpha,
     beta,
     threshold,
     ACTIVATION: tl.constexpr,
     DROPOUT: tl.constexpr,
-    MASKED: tl.constexpr,
+    ALIGN: tl.constexpr,
     PTX: tl.constexpr,
     PER_THREAD: tl.constexpr,
     LAST: tl.constexpr,
+    RUN: tl.constexpr,
 ):
-    """The gradient of h from that of y; 0 outside."""
+    """The gradient of a tile of h = d scale + bias from that of y.
+
+    mean, scale, bias: as they lie in a tile; None without a norm, where h = d = z.
+
+    Returns:
+        d and g [M, N], float32, where g is 0 outside; offset, mask and inside as `load_tile`.
+    """
+    d, row, offset, mask, inside, _count = load_tile(
+        *(z_ptr, mask_ptr, sample, channel, channel_mask),
+        *(position0, channels, positions, ALIGN, LAST, RUN),
+    )
+    h = d
+    if mean is not None:
+        d -= mean
+        h = d * scale + bias
     g = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     g = drop(
-        g, seed, row, col0, cols, sample, channel, channels, threshold, DROPOUT, PER_THREAD, LAST
+        g,
+        seed,
+        *(row, sample, channel, channel0, position0, channels, positions),
+        *(threshold, DROPOUT, PER_THREAD, LAST),
     )
     alpha = tl.cast(alpha, tl.float32)
     g = activate_grad(g, h, alpha, tl.cast(beta, tl.float32), ACTIVATION, PTX)
-    if MASKED:
+    if mask_ptr is not None:
         g = tl.where(inside, g, 0.0)
-    return g
+    return d, g, offset, mask, inside

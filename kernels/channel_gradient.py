@@ -26,10 +26,8 @@ from .channel_tile import (
     INTEGERS,
     by_channel,
     channel_end,
-    keep_present,
     load_channels,
     over_positions,
-    place,
     statistic_of,
 )
 
@@ -116,6 +114,7 @@ def _channel_bwd_kernel(
     )
     channel = channel0 + tl.arange(0, UNITS)
     channel_mask = channel < channel_end(channels, ALIGN, LAST)
+    mean, scale, bias = None, None, None
     if mean_ptr is not None:
         index = statistic_of(segment, channel, groups, SHARED, WIDTH)
         mean, rstd, weight, bias = load_normalizer(
@@ -154,38 +153,16 @@ def _channel_bwd_kernel(
     for tile in tl.range(tile0, tile1, num_stages=STAGES):
         sample = segment * samples + tl.cast(tile, tl.int32) // blocks
         position0 = tl.cast(tile, tl.int32) % blocks * RUN
-        row, offset, mask = place(
-            sample, channel, channel_mask, position0, channels, positions, ALIGN, LAST, RUN
-        )
-        inside = mask
-        if mask_ptr is not None:
-            inside = keep_present(mask, mask_ptr, sample, position0, positions, RUN)[0]
-        d = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        h = d
-        if mean_ptr is not None:
-            d -= mean
-            h = d * scale + bias
-        g = load_gradient(
+        d, g, offset, mask, inside = load_gradient(
             dy_ptr,
-            h,
-            offset,
-            inside,
+            z_ptr,
+            mask_ptr,
+            mean,
+            scale,
+            bias,
             seed,
-            row,
-            channel0 if LAST else position0,
-            channels if LAST else positions,
-            sample,
-            channel,
-            channels,
-            alpha,
-            beta,
-            threshold,
-            ACTIVATION,
-            DROPOUT,
-            mask_ptr is not None,
-            PTX,
-            PER_THREAD,
-            LAST,
+            *(sample, channel, channel_mask, channel0, position0, channels, positions),
+            *(alpha, beta, threshold, ACTIVATION, DROPOUT, ALIGN, PTX, PER_THREAD, LAST, RUN),
         )
         if SUM_G or SUM_DZ:
             total_g += g

@@ -18,10 +18,9 @@ from .channel_tile import (
     INTEGERS,
     channel_end,
     groups_from,
-    keep_present,
+    load_tile,
     over_channels,
     over_positions,
-    place,
     to_channels,
 )
 
@@ -86,14 +85,9 @@ def _channel_held_fwd_kernel(
     sample = (tl.program_id(0) // group_blocks).to(tl.int64)
     group0 = tl.program_id(0) % group_blocks * GROUPS
     channel, channel_mask = channels_of_groups(group0, channels, WIDTH, GROUPS, UNITS, ALIGN, LAST)
-    row, offset, mask = place(
-        sample, channel, channel_mask, 0, channels, positions, ALIGN, LAST, RUN
+    x, row, offset, mask, inside, present = load_tile(
+        z_ptr, mask_ptr, sample, channel, channel_mask, 0, channels, positions, ALIGN, LAST, RUN
     )
-    inside = mask
-    present = tl.cast(positions, tl.float32)
-    if mask_ptr is not None:
-        inside, present = keep_present(mask, mask_ptr, sample, 0, positions, RUN)
-    x = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     elements = present * WIDTH
     share = 1.0 / tl.maximum(elements, 1.0)
     # The mean of the differences from a first mean repairs what that has lost by rounding:
@@ -116,25 +110,14 @@ def _channel_held_fwd_kernel(
         x * (weight * rstd) + bias,
         residual_ptr,
         y_ptr,
+        row,
         offset,
         mask,
         inside,
         seed,
-        row,
-        group0 * WIDTH if LAST else 0,
-        channels if LAST else positions,
-        sample,
-        channel,
-        channels,
-        alpha,
-        beta,
-        threshold,
-        ACTIVATION,
-        DROPOUT,
-        mask_ptr is not None,
-        PTX,
-        PER_THREAD,
-        LAST,
+        *(sample, channel, group0 * WIDTH, 0, channels, positions),
+        *(alpha, beta, threshold, ACTIVATION, DROPOUT),
+        *(mask_ptr is not None, PTX, PER_THREAD, LAST),
     )
 
 

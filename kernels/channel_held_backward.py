@@ -14,11 +14,9 @@ from .channel_problem import Problem
 from .channel_tile import (
     INTEGERS,
     by_channel,
-    keep_present,
     load_channels,
     over_channels,
     over_positions,
-    place,
     to_channels,
 )
 
@@ -71,38 +69,20 @@ def _channel_held_bwd_kernel(
     total_gx = bias * 0.0
     for index in tl.range(sample_program, samples, sample_programs, num_stages=STAGES):
         sample = tl.cast(index, tl.int64)
-        row, offset, mask = place(
-            sample, channel, channel_mask, 0, channels, positions, ALIGN, LAST, RUN
-        )
-        inside = mask
-        if mask_ptr is not None:
-            inside = keep_present(mask, mask_ptr, sample, 0, positions, RUN)[0]
-        d = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         statistic = sample * groups + channel // WIDTH
-        d -= load_channels(mean_ptr, statistic, channel_mask, LAST)
+        mean = load_channels(mean_ptr, statistic, channel_mask, LAST)
         variance = load_channels(variance_ptr, statistic, channel_mask, LAST)
         rstd = tl.rsqrt(variance + tl.cast(eps, tl.float32))
-        g = load_gradient(
+        d, g, offset, mask, inside = load_gradient(
             dy_ptr,
-            d * (weight * rstd) + bias,
-            offset,
-            inside,
+            z_ptr,
+            mask_ptr,
+            mean,
+            weight * rstd,
+            bias,
             seed,
-            row,
-            group0 * WIDTH if LAST else 0,
-            channels if LAST else positions,
-            sample,
-            channel,
-            channels,
-            alpha,
-            beta,
-            threshold,
-            ACTIVATION,
-            DROPOUT,
-            mask_ptr is not None,
-            PTX,
-            PER_THREAD,
-            LAST,
+            *(sample, channel, channel_mask, group0 * WIDTH, 0, channels, positions),
+            *(alpha, beta, threshold, ACTIVATION, DROPOUT, ALIGN, PTX, PER_THREAD, LAST, RUN),
         )
         sum_g = over_positions(g, LAST)
         sum_gx = over_positions(g * d, LAST) * rstd

@@ -19,12 +19,11 @@ from .channel_tile import (
     by_channel,
     channel_end,
     groups_from,
-    keep_present,
+    load_tile,
     load_values,
     merge_moments,
     over_channels,
     over_positions,
-    place,
     tile_moments,
     to_channels,
 )
@@ -146,36 +145,22 @@ def _channel_loop_fwd_kernel(
         weight, bias = load_affine(norm_weight_ptr, norm_bias_ptr, channel, channel_mask, LAST)
         scale = weight * rstd
         for position0 in tl.range(0, positions, RUN, num_stages=STAGES):
-            row, offset, mask = place(
-                sample, channel, channel_mask, position0, channels, positions, ALIGN, LAST, RUN
+            x, row, offset, mask, inside, _count = load_tile(
+                *(z_ptr, mask_ptr, sample, channel, channel_mask),
+                *(position0, channels, positions, ALIGN, LAST, RUN),
             )
-            inside = mask
-            if mask_ptr is not None:
-                inside = keep_present(mask, mask_ptr, sample, position0, positions, RUN)[0]
-            x = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32)
             write_output(
                 (x - centre - mean) * scale + bias,
                 residual_ptr,
                 y_ptr,
+                row,
                 offset,
                 mask,
                 inside,
                 seed,
-                row,
-                group0 * WIDTH + unit0 if LAST else position0,
-                channels if LAST else positions,
-                sample,
-                channel,
-                channels,
-                alpha,
-                beta,
-                threshold,
-                ACTIVATION,
-                DROPOUT,
-                mask_ptr is not None,
-                PTX,
-                PER_THREAD,
-                LAST,
+                *(sample, channel, group0 * WIDTH + unit0, position0, channels, positions),
+                *(alpha, beta, threshold, ACTIVATION, DROPOUT),
+                *(mask_ptr is not None, PTX, PER_THREAD, LAST),
             )
 
 

@@ -14,11 +14,9 @@ from .channel_problem import Problem
 from .channel_tile import (
     INTEGERS,
     by_channel,
-    keep_present,
     load_channels,
     over_channels,
     over_positions,
-    place,
     to_channels,
 )
 
@@ -77,6 +75,7 @@ def _channel_loop_bwd_kernel(
     mean_g = over_channels(tl.zeros_like(mean), GROUPS, LAST)
     mean_gx = mean_g
     for unit0 in tl.range(0, GROUPS * WIDTH, UNITS):
+        channel0 = group0 * WIDTH + unit0
         channel, channel_mask = channels_of_block(
             group0, unit0, channels, WIDTH, GROUPS, UNITS, ALIGN, LAST
         )
@@ -85,33 +84,16 @@ def _channel_loop_bwd_kernel(
         total_g = tl.zeros((M, N), tl.float32)
         total_gd = tl.zeros((M, N), tl.float32)
         for position0 in tl.range(0, positions, RUN, num_stages=STAGES):
-            row, offset, mask = place(
-                sample, channel, channel_mask, position0, channels, positions, ALIGN, LAST, RUN
-            )
-            if mask_ptr is not None:
-                mask = keep_present(mask, mask_ptr, sample, position0, positions, RUN)[0]
-            d = tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32) - mean
-            g = load_gradient(
+            d, g, _offset, _mask, _inside = load_gradient(
                 dy_ptr,
-                d * scale + bias,
-                offset,
-                mask,
+                z_ptr,
+                mask_ptr,
+                mean,
+                scale,
+                bias,
                 seed,
-                row,
-                group0 * WIDTH + unit0 if LAST else position0,
-                channels if LAST else positions,
-                sample,
-                channel,
-                channels,
-                alpha,
-                beta,
-                threshold,
-                ACTIVATION,
-                DROPOUT,
-                mask_ptr is not None,
-                PTX,
-                PER_THREAD,
-                LAST,
+                *(sample, channel, channel_mask, channel0, position0, channels, positions),
+                *(alpha, beta, threshold, ACTIVATION, DROPOUT, ALIGN, PTX, PER_THREAD, LAST, RUN),
             )
             total_g += g
             total_gd += g * d
@@ -128,40 +110,23 @@ def _channel_loop_bwd_kernel(
     slope = -to_channels(mean_gx, UNITS, LAST) * rstd * rstd
     shift = -to_channels(mean_g, UNITS, LAST) * rstd
     for unit0 in tl.range(0, GROUPS * WIDTH, UNITS):
+        channel0 = group0 * WIDTH + unit0
         channel, channel_mask = channels_of_block(
             group0, unit0, channels, WIDTH, GROUPS, UNITS, ALIGN, LAST
         )
         weight, bias = load_affine(norm_weight_ptr, norm_bias_ptr, channel, channel_mask, LAST)
         scale = weight * rstd
         for position0 in tl.range(0, positions, RUN, num_stages=STAGES):
-            row, offset, mask = place(
-                sample, channel, channel_mask, position0, channels, positions, ALIGN, LAST, RUN
-            )
-            inside = mask
-            if mask_ptr is not None:
-                inside = keep_present(mask, mask_ptr, sample, position0, positions, RUN)[0]
-            d = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32) - mean
-            g = load_gradient(
+            d, g, offset, mask, inside = load_gradient(
                 dy_ptr,
-                d * scale + bias,
-                offset,
-                inside,
+                z_ptr,
+                mask_ptr,
+                mean,
+                scale,
+                bias,
                 seed,
-                row,
-                group0 * WIDTH + unit0 if LAST else position0,
-                channels if LAST else positions,
-                sample,
-                channel,
-                channels,
-                alpha,
-                beta,
-                threshold,
-                ACTIVATION,
-                DROPOUT,
-                mask_ptr is not None,
-                PTX,
-                PER_THREAD,
-                LAST,
+                *(sample, channel, channel_mask, channel0, position0, channels, positions),
+                *(alpha, beta, threshold, ACTIVATION, DROPOUT, ALIGN, PTX, PER_THREAD, LAST, RUN),
             )
             dz = g * scale + (d * slope + shift)
             if mask_ptr is not None:

@@ -140,6 +140,39 @@ def keep_present(mask, mask_ptr, sample, position0, positions, RUN: tl.constexpr
 
 
 @triton.jit
+def load_tile(
+    z_ptr,
+    mask_ptr,
+    sample,
+    channel,
+    channel_mask,
+    position0,
+    channels,
+    positions,
+    ALIGN: tl.constexpr,
+    LAST: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """A tile and where it lies.
+
+    Returns:
+        z [M, N], float32, 0 where it is not inside.
+        row, offset and mask as from `place`.
+        inside [M, N]: mask without padding.
+        The number of positions inside.
+    """
+    row, offset, mask = place(
+        sample, channel, channel_mask, position0, channels, positions, ALIGN, LAST, RUN
+    )
+    inside = mask
+    count = tl.cast(tl.minimum(positions - position0, RUN), tl.float32)
+    if mask_ptr is not None:
+        inside, count = keep_present(mask, mask_ptr, sample, position0, positions, RUN)
+    z = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    return z, row, offset, mask, inside, count
+
+
+@triton.jit
 def load_values(
     z_ptr,
     mask_ptr,
@@ -153,14 +186,12 @@ def load_values(
     LAST: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """(z float32 [M, N], 0 outside; inside [M, N]; how many positions are inside)."""
-    _, offset, mask = place(
-        sample, channel, channel_mask, position0, channels, positions, ALIGN, LAST, RUN
+    """z, inside and the number of positions inside, as `load_tile` has them."""
+    tile = load_tile(
+        *(z_ptr, mask_ptr, sample, channel, channel_mask),
+        *(position0, channels, positions, ALIGN, LAST, RUN),
     )
-    count = tl.cast(tl.minimum(positions - position0, RUN), tl.float32)
-    if mask_ptr is not None:
-        mask, count = keep_present(mask, mask_ptr, sample, position0, positions, RUN)
-    return tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32), mask, count
+    return tile[0], tile[4], tile[5]
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,3 +43,21 @@ def cpp() -> None:
     """Skips where the C++ kernels are missing."""
     if backend.cpu_isa() is None:
         pytest.skip("the C++ extension is not built")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost small tensors more time than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def bench_harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """bench/ can be imported, and the number of threads is restored."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

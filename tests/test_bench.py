@@ -1,4 +1,4 @@
-"""The benchmark harness: what it refuses, what it writes; and a few calls worth watching.
+"""The benchmark harness: what it writes; and a few calls worth watching.
 
     pytest tests/test_bench.py --benchmark-enable
 
@@ -7,237 +7,21 @@ times the watched calls; otherwise they run once, like any test. Nothing is asse
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from bench_cases import make_cell, make_with_wrong_eager
+from torch import nn
 
 import fused
 
 ROOT = Path(__file__).resolve().parents[1]
-P = 0.25
 
 
-@pytest.fixture(autouse=True)
-def _harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """bench/ can be imported, and the number of threads is restored."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def make_cell(**changes: Any) -> Any:
-    from bench.cells import Cell
-
-    return replace(
-        Cell("norm", "N-A-D", "layer", "gelu", "float32", 300, 0, 96, P, "training"), **changes
-    )
-
-
-def make_all(cell: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """The chain, the inputs and the providers of a cell by name."""
-    from bench.harness import make_ring
-    from bench.providers import make_chain, make_providers
-
-    torch.manual_seed(0)
-    chain = make_chain(cell, "cpu")
-    (inputs,) = make_ring(cell, "cpu")
-    found = make_providers(cell, chain, inputs)
-    return chain, inputs, {provider.name: provider for provider in found}
-
-
-# ---- the check ----
-
-RIGHT = [
-    {},
-    {"dtype": "bfloat16"},
-    {"norm": "rms", "activation": "silu", "dtype": "float16"},
-    {"mode": "forward"},
-    {"mode": "inference", "activation": "relu"},
-    {"chain": "N-A", "p": 0.0},
-    {"chain": "L-N-A-D", "K": 40, "norm": "rms"},
-    {"chain": "L-A", "K": 40, "norm": "", "p": 0.0, "dtype": "bfloat16"},
-    {"chain": "A-D", "norm": ""},
-]
-
-
-@pytest.mark.parametrize("changes", RIGHT, ids=str)
-def test_right_providers_pass(changes: dict[str, Any]) -> None:
-    from bench.check import check
-
-    cell = make_cell(**changes)
-    chain, inputs, providers = make_all(cell)
-    for name in ("eager", "fused"):
-        assert 0 <= check(providers[name], cell, chain, inputs) < 0.1
-
-
-@pytest.mark.slow
-def test_the_compiler_passes() -> None:
-    from bench.check import check
-
-    cell = make_cell()
-    chain, inputs, providers = make_all(cell)
-    check(providers["compile"], cell, chain, inputs)
-
-
-def _drop(y: Tensor, p: float) -> Tensor:
-    return nn.functional.dropout(y, p)
-
-
-class DropsAnew(torch.autograd.Function):
-    """Dropout whose backward draws another mask than its forward."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        return _drop(y, P)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return _drop(dy, P)
-
-
-class WeighsGradient(torch.autograd.Function):
-    """A gradient that is 1 % too large."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return dy * 1.01
-
-
-WRONG: dict[str, tuple[Callable[[nn.Sequential, Tensor], Tensor], str]] = {
-    "output": (lambda chain, x: chain(x) * 1.01, "output: relative error"),
-    "nan": (lambda chain, x: chain(x) * float("nan"), "the output is not finite"),
-    "one row": (lambda chain, x: torch.cat([chain(x[:-1]), x[-1:]]), "output: relative error"),
-    "dtype": (lambda chain, x: chain(x).double(), "torch.float64"),
-    "gradient": (lambda chain, x: WeighsGradient.apply(chain(x)), "gradient of x"),
-    "no dropout": (lambda chain, x: chain[:2](x), "dropout keeps 1.0"),
-    "other p": (lambda chain, x: _drop(chain[:2](x), 0.3), "should be 0.75000 ±"),
-    "scale": (lambda chain, x: chain(x) * (1 - P), "output: relative error"),
-    "masks": (lambda chain, x: DropsAnew.apply(chain[:2](x)), "gradient of x"),
-}
-
-
-def make_with_wrong_eager(name: str) -> Callable[..., list[Any]]:
-    """Fused, and a provider called eager that computes something else."""
-    from bench.providers import make_providers
-
-    def make(cell: Any, chain: nn.Sequential, inputs: Any) -> list[Any]:
-        ours, eager, *_ = make_providers(cell, chain, inputs)
-        call = WRONG[name][0]
-        return [ours, replace(eager, forward=lambda given: call(chain, given.x))]
-
-    return make
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_provider_is_refused(name: str, tmp_path: Path) -> None:
-    from bench import results
-    from bench.harness import measure
-    from bench.machine import this_machine
-    from bench.providers import make_providers
-
-    cell, machine, path = make_cell(), this_machine("cpu"), tmp_path / "norm.csv"
-    right = measure(cell, machine, 0.0, lambda *given: make_providers(*given)[:2])
-    assert right.refused == {}
-    results.merge(path, right, machine)
-    assert {r.provider for r in results.read(path)} == {"fused", "eager"}
-
-    outcome = measure(cell, machine, 0.0, make_with_wrong_eager(name))
-    assert list(outcome.refused) == ["eager"]
-    assert WRONG[name][1] in outcome.refused["eager"]
-    assert {r.provider for r in outcome.rows} == {"fused"}
-    results.merge(path, outcome, machine)
-    assert {r.provider for r in results.read(path)} == {"fused"}, "an earlier figure must go"
-
-
-CHANNEL: dict[str, dict[str, Any]] = {
-    "rows": {"norm": "batch", "activation": "relu"},
-    "images": {"norm": "batch", "activation": "silu", "shape": "2×8×40×50"},
-    "channels-last": {"norm": "instance", "shape": "3×8×5×6", "layout": "channels-last"},
-    "groups": {"norm": "group", "shape": "2×32×5×6", "dtype": "bfloat16", "mode": "forward"},
-}
-
-
-def make_channel_cell(name: str) -> Any:
-    changes = {"suite": "channel", **CHANNEL[name]}
-    cell = make_cell(**changes)
-    channels = cell.sizes[1]
-    return replace(cell, M=math.prod(cell.sizes) // channels, N=channels)
-
-
-@pytest.mark.parametrize("name", CHANNEL)
-def test_right_channel_providers_pass(name: str) -> None:
-    from bench.check_channel import check_channel
-
-    cell = make_channel_cell(name)
-    chain, inputs, providers = make_all(cell)
-    for provider in ("fused", "eager"):
-        check_channel(providers[provider], cell, chain, inputs)
-
-
-class ReturnsContiguous(torch.autograd.Function):
-    """An identity whose gradient is contiguous."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> Tensor:
-        return dx.contiguous()
-
-
-def _tracks_nothing(chain: nn.Sequential, x: Tensor) -> Tensor:
-    norm = chain[0]
-    h = nn.functional.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
-    return chain[1:](h)
-
-
-# What only a norm over samples or positions can do wrong.
-CHANNEL_WRONG: dict[str, tuple[Callable[[nn.Sequential, Tensor], Tensor], str]] = {
-    "layout": (lambda chain, x: chain(x).contiguous(), "the output has strides"),
-    "layout of dx": (
-        lambda chain, x: fused.Sequential(*chain)(ReturnsContiguous.apply(x)),
-        "the gradient of x has strides",
-    ),
-    "running statistics": (_tracks_nothing, "running_mean: relative error"),
-}
-
-
-@pytest.mark.parametrize("wrong", [*WRONG, *CHANNEL_WRONG])
-def test_a_wrong_channel_provider_is_refused(wrong: str) -> None:
-    from bench.check import CheckError
-    from bench.check_channel import check_channel
-
-    cell = make_channel_cell("channels-last" if wrong.startswith("layout") else "images")
-    chain, inputs, providers = make_all(cell)
-    call, message = (WRONG | CHANNEL_WRONG)[wrong]
-    provider = replace(providers["fused"], forward=lambda given: call(chain, given.x))
-    if wrong == "one row":  # here it is a sample, which nothing of is dropped
-        message = "dropout keeps"
-    with pytest.raises(CheckError, match=re.escape(message)):
-        check_channel(provider, cell, chain, inputs)
-
-
-def test_nothing_is_timed_when_all_are_refused() -> None:
-    from bench.harness import measure
-    from bench.machine import this_machine
-
-    wrong = make_with_wrong_eager("nan")
-    outcome = measure(make_cell(), this_machine("cpu"), 0.0, lambda *given: wrong(*given)[1:])
-    assert outcome.rows == []
+pytestmark = pytest.mark.usefixtures("bench_harness")
 
 
 # ---- a run ----
@@ -327,9 +111,10 @@ def test_every_quick_suite_has_cells() -> None:
         assert 0 < sum(map(is_quick, found)) <= 20, name
 
 
-# ---- the report ----
-
 PAGE = "before\n<!-- bench:{0} -->\nold\n<!-- /bench:{0} -->\nafter\n"
+
+
+# ---- the report ----
 
 
 def make_results(folder: Path) -> None:

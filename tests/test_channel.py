@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-
 import pytest
 import torch
 from channel_cases import (
@@ -14,16 +11,13 @@ from channel_cases import (
     NORMS,
     Inputs,
     check,
-    largest_rstd,
     make_epilogue,
     make_inputs,
     run_in_parts,
     run_operator,
-    run_reference,
 )
-from tolerances import FLOOR, assert_close
 
-from fused import backend, ops, random, reference
+from fused import ops, random, reference
 from fused.spec import ChannelEpilogue, dropout_scale
 
 # Samples, channels, positions, groups: one of each, planes of 2 × 2 and 7 × 7, odd sizes, sizes
@@ -33,17 +27,13 @@ SHAPES = [
     *((5, 7, 33, 7), (2, 65, 9, 13), (70, 8, 3, 2), (300, 24, 1, 3), (1, 130, 40, 1)),
     *((3, 256, 5, 32), (2, 1000, 3, 10)),
 ]
+
+
 # Beyond a block of sums in float (4096), a piece (65536) and what is finished in the cache.
 LARGE = [(2, 2, 4099, 1), (2, 3, 66000, 3), (1, 320, 700, 4), (40, 96, 49, 32)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost small tensors more time than they save."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.usefixtures("isa")
@@ -232,226 +222,6 @@ def test_wider_parameters(dtype: torch.dtype, parameter: torch.dtype, constant: 
             assert torch.equal(narrow[name], wide[name].to(dtype))
 
 
-def adversarial(kind: str) -> torch.Tensor:
-    """(samples, channels, positions) = (4, 6, 50), the same channels in all samples."""
-    z = torch.randn(4, 6, 50, generator=torch.Generator().manual_seed(1))
-    match kind:
-        case "mean 1e4":
-            return z + 1e4
-        case "constant channels":
-            return z[:1, :, :1].expand(4, -1, 50) * 3
-        case "one outlier first":
-            z[0, :, 0] = 1e4
-            return z
-        case "one outlier last":
-            z[-1, :, -1] = -1e6
-            return z
-        case "denormal":
-            return z * 1e-40
-        case "tiny deviation":
-            return 1 + z * 1e-6
-        case "large":
-            return z * 1e15
-        case "zeros":
-            return z * 0
-    raise AssertionError(kind)
-
-
-ADVERSARIAL = ["mean 1e4", "constant channels", "one outlier first", "one outlier last"]
-ADVERSARIAL += ["denormal", "tiny deviation", "large", "zeros"]
-
-
-@pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("channels_last", LAYOUTS)
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("kind", ADVERSARIAL)
-def test_adversarial_values(kind: str, norm: str | None, channels_last: bool) -> None:
-    for activation in ("gelu", None):
-        inputs = make_inputs(4, 6, 50, torch.float32, norm, channels_last, residual=False)
-        inputs.z = adversarial(kind)
-        inputs.z = (inputs.z.transpose(1, 2) if channels_last else inputs.z).contiguous()
-        epilogue = make_epilogue(norm, activation, 0.0, 6, 6, channels_last)
-        found = run_operator(inputs, epilogue)
-        oracle = run_reference(inputs, epilogue, torch.float64)
-        eager = run_reference(inputs, epilogue, torch.float32)
-        # A mean that is rounded shifts all of a channel by half an ulp of |z|, so the normalised
-        # values and what is made of them by that times rstd. Nothing else excuses more than
-        # eager's error.
-        rstd = largest_rstd(inputs, epilogue) if norm else 0.0
-        shift = float(inputs.z.abs().max()) * rstd / (2 * FLOOR)
-        terms = shift * float(inputs.dy.square().sum().sqrt())
-        for name, result in found.items():
-            assert result.isfinite().all(), name
-            magnitude = shift if name == "y" else terms * (rstd if name == "dz" else 1.0)
-            assert_close(name, result, oracle[name], eager[name], torch.float32, magnitude)
-        if norm and kind in ("zeros", "constant channels"):
-            # Every normalised value is zero, and no rounding error may pass for one that is not.
-            assert bool((found["dnorm_weight"] == 0).all())
-
-
-@pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("channels_last", LAYOUTS)
-@pytest.mark.parametrize("norm", ["batch", "group", "instance"])
-def test_a_first_mean_that_is_far_off(norm: str, channels_last: bool) -> None:
-    """The statistics start from the mean of some of the elements."""
-    channels, positions = (256, 256) if channels_last else (4, 4096)
-    for height in (100.0, 1e4):
-        inputs = make_inputs(
-            *(2, channels, positions, torch.float32, norm, channels_last), residual=False
-        )
-        view = inputs.z.transpose(1, 2) if channels_last else inputs.z
-        view[:, :, : positions // 8] += height
-        check(inputs, make_epilogue(norm, None, 0.0, channels, 2, channels_last), f"{height}")
-
-
-@pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("channels_last", LAYOUTS)
-@pytest.mark.parametrize("norm", ["batch", "group", "instance"])
-def test_squares_that_overflow(norm: str, channels_last: bool) -> None:
-    """The variance, a float, is infinite: the limit is that of z = mean."""
-    z = torch.randn(4, 6, 50).sign().mul_(1e38)
-    inputs = Inputs(z, torch.randn_like(z), torch.ones(6), torch.arange(6.0))
-    if channels_last:
-        inputs.z, inputs.dy = (t.transpose(1, 2).contiguous() for t in (inputs.z, inputs.dy))
-    epilogue = make_epilogue(norm, None, 0.0, 6, 2, channels_last)
-    found = run_operator(inputs, epilogue)
-    bias = inputs.norm_bias if channels_last else inputs.norm_bias[:, None]
-    assert torch.equal(found["y"], bias.expand_as(z if not channels_last else found["y"]))
-    assert (found["dz"] == 0).all()
-
-
-@pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("channels_last", LAYOUTS)
-def test_nan_and_infinity_stay_in_their_statistic(channels_last: bool) -> None:
-    for value in (math.nan, math.inf):
-        for norm in ("batch", "group", "instance"):
-            inputs = make_inputs(3, 6, 40, torch.float32, norm, channels_last, residual=False)
-            view = inputs.z.transpose(1, 2) if channels_last else inputs.z
-            view[1, 2, 3] = value
-            epilogue = make_epilogue(norm, "silu", 0.0, 6, 3, channels_last)
-            y = run_operator(inputs, epilogue)["y"]
-            y = y.transpose(1, 2) if channels_last else y
-            spoiled = torch.zeros(3, 6, 40, dtype=torch.bool)
-            samples = slice(None) if norm == "batch" else 1
-            spoiled[samples, 2 : 4 if norm == "group" else 3] = True
-            assert torch.equal(y.isnan(), spoiled), (value, norm)
-
-
-BREAKPOINTS = [0.0, -0.0, 3.0, -3.0, 6.0, -6.0, 1.0, -1.0, 20.0, 20.5, -20.0, 88.0, -88.0, 1e-30]
-BREAKPOINTS += [math.inf, -math.inf, math.nan]
-
-
-@pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("activation", [None, "relu", "relu6", "hardswish", "silu"])
-def test_without_a_norm_values_pass_as_they_are(activation: str | None) -> None:
-    values = torch.tensor(BREAKPOINTS).expand(2, 3, -1).contiguous()
-    for channels_last in LAYOUTS:
-        inputs = Inputs(values, torch.ones_like(values))
-        epilogue = make_epilogue(
-            None, activation, 0.0, values.shape[2 if channels_last else 1], 1, channels_last
-        )
-        found = run_operator(inputs, epilogue)
-        eager = run_reference(inputs, epilogue, torch.float32)
-        for name in ("y", "dz"):
-            known = ~eager[name].isnan() & (values.isfinite() if name == "dz" else True)
-            torch.testing.assert_close(found[name][known], eager[name][known], rtol=1e-6, atol=0)
-        if activation is None:
-            assert torch.equal(found["y"].view(torch.int32), values.view(torch.int32))
-
-
-@pytest.mark.usefixtures("cpp")
-@pytest.mark.parametrize("channels_last", LAYOUTS)
-@pytest.mark.parametrize("norm", NORMS)
-def test_same_bits_at_any_thread_count(norm: str | None, channels_last: bool) -> None:
-    for sizes, groups in (
-        ((70, 24, 49), 3),
-        ((4, 64, 900), 8),
-        ((2, 6, 70000), 2),
-        ((1, 96, 3000), 4),
-    ):
-        inputs = make_inputs(*sizes, torch.float32, norm, channels_last)
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            for p in (0.0, 0.1):
-                epilogue = make_epilogue(norm, "silu", p, sizes[1], groups, channels_last)
-                results.append(run_operator(inputs, epilogue))
-        for i, other in enumerate(results[2:]):
-            for name, t in other.items():
-                assert torch.equal(t, results[i % 2][name]), (name, sizes)
-
-
-@pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("channels_last", LAYOUTS)
-@pytest.mark.parametrize("norm", NORMS)
-def test_offsets_and_red_zones(norm: str | None, channels_last: bool) -> None:
-    """Tensors at an odd offset of a poisoned buffer; nothing outside of them is read or written."""
-    for dtype in DTYPES:
-        for sizes in ((3, 6, 7), (2, 10, 100), (4, 130, 3)):
-            plain = make_inputs(*sizes, dtype, norm, channels_last)
-            epilogue = make_epilogue(norm, "gelu", 0.2, sizes[1], 2, channels_last)
-            expected = run_operator(plain, epilogue)
-            surrounded = Inputs(plain.z, plain.dy, *plain.parameters)
-            for name in ("z", "dy", "residual"):
-                given = getattr(plain, name)
-                buffer = torch.full((given.numel() + 40,), math.nan, dtype=dtype)
-                view = buffer[3 : 3 + given.numel()].view(given.shape)
-                setattr(surrounded, name, view.copy_(given))
-            for name, t in run_operator(surrounded, epilogue).items():
-                assert torch.equal(t, expected[name]), (name, sizes)
-
-
-@pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("channels_last", LAYOUTS)
-def test_in_place_writes_y_and_nothing_else(channels_last: bool) -> None:
-    for dtype in DTYPES:
-        for sizes in ((3, 6, 70), (4, 16, 4)):
-            inputs = make_inputs(*sizes, dtype, "batch", channels_last, constant=True)
-            epilogue = make_epilogue("batch", "gelu", 0.2, sizes[1], 1, channels_last)
-            expected = run_operator(inputs, epilogue)["y"]
-            buffer = torch.full((inputs.z.numel() + 20,), math.nan, dtype=dtype)
-            z = buffer[5:-15].view(inputs.z.shape).copy_(inputs.z)
-            ops.channel_apply_(
-                *(z, inputs.mean, inputs.variance, *inputs.parameters, inputs.residual, None),
-                *(inputs.seed, *epilogue.channel_codes),
-            )
-            assert torch.equal(z, expected)
-            assert buffer[:5].isnan().all() and buffer[-15:].isnan().all()
-
-
-@pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(
-    "samples, channels, positions",
-    [(0, 8, 5), (4, 0, 5), (4, 8, 0), (1, 1, 1), (3, 8, 49), (5, 64, 4), (1, 32, 700)],
-)
-def test_outputs_are_written_completely(
-    samples: int, channels: int, positions: int, norm: str | None
-) -> None:
-    backend.poison_outputs(True)
-    try:
-        for channels_last in LAYOUTS:
-            for dtype in DTYPES:
-                for masked in (False, channels_last):
-                    inputs = make_inputs(
-                        *(samples, channels, positions, dtype, norm, channels_last), masked=masked
-                    )
-                    groups = min(2, channels)
-                    epilogue = make_epilogue(norm, "gelu", 0.1, channels, groups, channels_last)
-                    found = run_operator(inputs, epilogue)
-                    if norm is not None:
-                        statistics = ops.channel_statistics(
-                            inputs.z, inputs.mask, *epilogue.channel_codes[:3]
-                        )
-                        found |= dict(zip(("mean", "variance", "count"), statistics, strict=True))
-                    for name, t in found.items():
-                        assert not t.isnan().any(), (name, dtype)
-                        if not inputs.z.numel() and name not in ("y", "dz"):
-                            assert (t == 0).all(), name
-    finally:
-        backend.poison_outputs(False)
-
-
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("norm", ["batch", "group", "instance"])
 def test_statistics(norm: str) -> None:
@@ -474,31 +244,6 @@ def test_statistics(norm: str) -> None:
 def reference_statistics(inputs: Inputs, epilogue: ChannelEpilogue) -> tuple[torch.Tensor, ...]:
     mean, variance, count = reference.channel_statistics(inputs.z.double(), epilogue, inputs.mask)
     return mean, variance, count if inputs.mask is not None else count[:0]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("cpp")
-@pytest.mark.parametrize("channels_last", LAYOUTS)
-def test_elements_beyond_two_to_the_31(channels_last: bool) -> None:
-    """The last sample is that far away; the others are zeros that are read, never written."""
-    channels, positions = 16, 1 << 14
-    samples = (1 << 31) // (channels * positions) + 2
-    plain = make_inputs(1, channels, positions, torch.bfloat16, "instance", channels_last)
-    epilogue = make_epilogue("instance", "relu", 0.0, channels, 1, channels_last)
-    codes = epilogue.channel_codes
-    z = torch.zeros(samples, *plain.z.shape[1:], dtype=torch.bfloat16)
-    z[-1] = plain.z[0]
-    found = ops.channel_statistics(z, None, *codes[:3])
-    for t, expected in zip(found, ops.channel_statistics(plain.z, None, *codes[:3]), strict=True):
-        assert torch.equal(t[-1:], expected) and bool((t[:-1] == 0).all())
-    # A sum over all samples: of the last one alone, where dy is zero in the others.
-    dy = torch.zeros_like(z)
-    dy[-1] = plain.dy[0]
-    codes = (3, *codes[1:])
-    statistics = torch.zeros(1, channels), torch.ones(1, channels)
-    arguments = *statistics, *plain.parameters, None, None, *codes
-    sums = ops.channel_sums(dy, z, *arguments)
-    torch.testing.assert_close(sums, ops.channel_sums(plain.dy, plain.z, *arguments))
 
 
 @pytest.mark.usefixtures("cpp")

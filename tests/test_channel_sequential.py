@@ -106,7 +106,9 @@ def test_gives_what_sequential_gives(case: str, training: bool, backend: str) ->
     assert fused_chains == [True]
 
 
-@pytest.mark.parametrize("dtype, within", [(torch.float64, 1e-12), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(
+    "dtype, within", [(torch.float64, 1e-12), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)]
+)
 @pytest.mark.parametrize("case", ["batch smooth", "group 2d", "instance 1d smooth", "linear batch"])
 def test_other_dtypes(case: str, dtype: torch.dtype, within: float, backend: str) -> None:
     make, shape = CASES[case]
@@ -148,6 +150,35 @@ def test_strides(case: str, change: Callable[[Tensor], Tensor], backend: str) ->
         assert_same(plain, net, x)
         if case == "batch 2d":
             assert net(x).stride() == plain(x).stride()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda dy: dy.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda dy: dy.to(memory_format=torch.channels_last),
+        lambda dy: dy.contiguous(),
+        lambda dy: dy[:, :, :1, :1].expand_as(dy),
+        lambda dy: dy.repeat_interleave(2, 3)[..., ::2],
+    ],
+    ids=["transposed", "channels-last", "contiguous", "expanded", "steps"],
+)
+@pytest.mark.parametrize("case", ["batch 2d", "group 2d", "instance 2d"])
+def test_strides_of_the_gradient(
+    case: str, change: Callable[[Tensor], Tensor], layout: str, backend: str
+) -> None:
+    plain, net = twins(CASES[case][0], True, torch.float32)
+    x = torch.randn(3, 7 if case == "batch 2d" else 8, 6, 6)
+    x = x.to(memory_format=torch.channels_last) if layout == "channels-last" else x
+    dy = change(torch.randn_like(x))
+    found = []
+    with fused.use_backend(backend):
+        for module in (net, plain):
+            own = x.detach().requires_grad_()
+            module(own).backward(dy)
+            found.append([own.grad, *(t.grad for t in module.parameters())])
+    assert_close(*found, 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(0, 7, 5, 4), (3, 7, 0, 4)], ids=str)

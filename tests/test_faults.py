@@ -226,6 +226,17 @@ def test_extension_corrupt(package: Path, content: str) -> None:
 
 
 @needs_extension
+def test_extension_of_older_sources(package: Path) -> None:
+    """A library that lacks an operator which the Python code has."""
+    shutil.copy(EXTENSION, package)
+    with (package / "ops.py").open("a") as file:
+        file.write('OPERATORS += ("row_new",)\n_library.define("row_new(Tensor z) -> Tensor")\n')
+    report = probe(PYTHONPATH=str(package.parent))
+    assert report["package"].startswith(str(package))
+    assert_one_warning_per_dtype(report, "is older than the Python code (no row_new); install")
+
+
+@needs_extension
 def test_unknown_instruction_set_is_said_and_ignored() -> None:
     report = probe(FUSED_CPU_ISA="sse9")
     assert report["isa"] in ("avx512", "avx2", "portable")

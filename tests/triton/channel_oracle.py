@@ -12,7 +12,8 @@ from fused import ops
 
 # In place of the operators, which find the C++ kernels for CPU tensors.
 LAUNCHERS = SimpleNamespace(
-    **{f"channel_{name}": ops._triton_channel(f"channel_{name}") for name in ops.CHANNEL_OPERATORS},
+    **{name: ops._triton_channel(name) for name in ops.CHANNEL_LAUNCHERS},
+    channel_apply_=ops._triton_channel_apply_,
     WANT_NORM_WEIGHT=ops.WANT_NORM_WEIGHT,
     WANT_NORM_BIAS=ops.WANT_NORM_BIAS,
     WANT_BIAS=ops.WANT_BIAS,

@@ -26,10 +26,8 @@ OPERATORS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "row_forward": (row, "row_forward", ops._triton_row_forward),
     "row_forward_": (row, "row_forward", ops._triton_row_forward_),
     "row_backward": (row_backward, "row_backward", ops._triton_row_backward),
-} | {
-    f"channel_{name}": (channel, f"channel_{name}", ops._triton_channel(f"channel_{name}"))
-    for name in ops.CHANNEL_OPERATORS
-}
+    "channel_apply_": (channel, "channel_apply", ops._triton_channel_apply_),
+} | {name: (channel, name, ops._triton_channel(name)) for name in ops.CHANNEL_LAUNCHERS}
 
 
 def schema_names(operator: str) -> list[str]:

@@ -1,0 +1,150 @@
+"""What the benchmark refuses to measure."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench_cases import WRONG, make_all, make_cell, make_with_wrong_eager
+from torch import Tensor, nn
+
+import fused
+
+pytestmark = pytest.mark.usefixtures("bench_harness")
+
+
+RIGHT = [
+    {},
+    {"dtype": "bfloat16"},
+    {"norm": "rms", "activation": "silu", "dtype": "float16"},
+    {"mode": "forward"},
+    {"mode": "inference", "activation": "relu"},
+    {"chain": "N-A", "p": 0.0},
+    {"chain": "L-N-A-D", "K": 40, "norm": "rms"},
+    {"chain": "L-A", "K": 40, "norm": "", "p": 0.0, "dtype": "bfloat16"},
+    {"chain": "A-D", "norm": ""},
+]
+
+
+@pytest.mark.parametrize("changes", RIGHT, ids=str)
+def test_right_providers_pass(changes: dict[str, Any]) -> None:
+    from bench.check import check
+
+    cell = make_cell(**changes)
+    chain, inputs, providers = make_all(cell)
+    for name in ("eager", "fused"):
+        assert 0 <= check(providers[name], cell, chain, inputs) < 0.1
+
+
+@pytest.mark.slow
+def test_the_compiler_passes() -> None:
+    from bench.check import check
+
+    cell = make_cell()
+    chain, inputs, providers = make_all(cell)
+    check(providers["compile"], cell, chain, inputs)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_provider_is_refused(name: str, tmp_path: Path) -> None:
+    from bench import results
+    from bench.harness import measure
+    from bench.machine import this_machine
+    from bench.providers import make_providers
+
+    cell, machine, path = make_cell(), this_machine("cpu"), tmp_path / "norm.csv"
+    right = measure(cell, machine, 0.0, lambda *given: make_providers(*given)[:2])
+    assert right.refused == {}
+    results.merge(path, right, machine)
+    assert {r.provider for r in results.read(path)} == {"fused", "eager"}
+
+    outcome = measure(cell, machine, 0.0, make_with_wrong_eager(name))
+    assert list(outcome.refused) == ["eager"]
+    assert WRONG[name][1] in outcome.refused["eager"]
+    assert {r.provider for r in outcome.rows} == {"fused"}
+    results.merge(path, outcome, machine)
+    assert {r.provider for r in results.read(path)} == {"fused"}, "an earlier figure must go"
+
+
+CHANNEL: dict[str, dict[str, Any]] = {
+    "rows": {"norm": "batch", "activation": "relu"},
+    "images": {"norm": "batch", "activation": "silu", "shape": "2×8×40×50"},
+    "channels-last": {"norm": "instance", "shape": "3×8×5×6", "layout": "channels-last"},
+    "groups": {"norm": "group", "shape": "2×32×5×6", "dtype": "bfloat16", "mode": "forward"},
+}
+
+
+def make_channel_cell(name: str) -> Any:
+    changes = {"suite": "channel", **CHANNEL[name]}
+    cell = make_cell(**changes)
+    channels = cell.sizes[1]
+    return replace(cell, M=math.prod(cell.sizes) // channels, N=channels)
+
+
+@pytest.mark.parametrize("name", CHANNEL)
+def test_right_channel_providers_pass(name: str) -> None:
+    from bench.check_channel import check_channel
+
+    cell = make_channel_cell(name)
+    chain, inputs, providers = make_all(cell)
+    for provider in ("fused", "eager"):
+        check_channel(providers[provider], cell, chain, inputs)
+
+
+class ReturnsContiguous(torch.autograd.Function):
+    """An identity whose gradient is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> Tensor:
+        return dx.contiguous()
+
+
+def _tracks_nothing(chain: nn.Sequential, x: Tensor) -> Tensor:
+    norm = chain[0]
+    h = nn.functional.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
+    return chain[1:](h)
+
+
+# What only a norm over samples or positions can do wrong.
+CHANNEL_WRONG: dict[str, tuple[Callable[[nn.Sequential, Tensor], Tensor], str]] = {
+    "layout": (lambda chain, x: chain(x).contiguous(), "the output has strides"),
+    "layout of dx": (
+        lambda chain, x: fused.Sequential(*chain)(ReturnsContiguous.apply(x)),
+        "the gradient of x has strides",
+    ),
+    "running statistics": (_tracks_nothing, "running_mean: relative error"),
+}
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, *CHANNEL_WRONG])
+def test_a_wrong_channel_provider_is_refused(wrong: str) -> None:
+    from bench.check import CheckError
+    from bench.check_channel import check_channel
+
+    cell = make_channel_cell("channels-last" if wrong.startswith("layout") else "images")
+    chain, inputs, providers = make_all(cell)
+    call, message = (WRONG | CHANNEL_WRONG)[wrong]
+    provider = replace(providers["fused"], forward=lambda given: call(chain, given.x))
+    if wrong == "one row":  # here it is a sample, which nothing of is dropped
+        message = "dropout keeps"
+    with pytest.raises(CheckError, match=re.escape(message)):
+        check_channel(provider, cell, chain, inputs)
+
+
+def test_nothing_is_timed_when_all_are_refused() -> None:
+    from bench.harness import measure
+    from bench.machine import this_machine
+
+    wrong = make_with_wrong_eager("nan")
+    outcome = measure(make_cell(), this_machine("cpu"), 0.0, lambda *given: wrong(*given)[1:])
+    assert outcome.rows == []
