@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import results
-from .cells import SUITES
+from .gpu_cells import SUITES
+from .gpu_pictures import draw
+from .gpu_tables import SUMMARIES
 from .harness import Row
-from .pictures import draw
-from .tables import SUMMARIES, all_cells
+from .tables import all_cells
 
 COMMAND = "Measured by `make bench`, written by `python -m bench report`"
 
