@@ -166,16 +166,20 @@ struct ChannelMoments : Packs<T> {
     each_rows(z, mask, present, 1, cols, [=](const T* const* row, auto count) FUSED_INLINE {
       for_each_vector<V>(0, cols, [=](int64_t i, auto n) FUSED_INLINE {
         const V center = load(first + i, n);
-        V sum = load(sums + i, n), sum_of_squares = load(squares + i, n);
+        // In pairs: a long sum then has fewer roundings one after the other.
+        constexpr int kCount = decltype(count)::value, kPair = kCount > 1 ? 2 : 1;
+        V sum[kCount], square[kCount];
 #pragma GCC unroll 4
-        for (int k = 0; k < decltype(count)::value; ++k) {
+        for (int k = 0; k < kCount; ++k) {
           prefetch_line(row[k] + i, present * cols);
           const V d = load(row[k] + i, n) - center;
-          sum += d;
-          sum_of_squares += d * d;
+          sum[k] = k % kPair ? sum[k - 1] + d : d;
+          square[k] = k % kPair ? square[k - 1] + d * d : d * d;
         }
-        store(sums + i, sum, n);
-        store(squares + i, sum_of_squares, n);
+        const V all = kCount > 1 ? sum[kPair - 1] + sum[kCount - 1] : sum[0];
+        const V of_squares = kCount > 1 ? square[kPair - 1] + square[kCount - 1] : square[0];
+        store(sums + i, load(sums + i, n) + all, n);
+        store(squares + i, load(squares + i, n) + of_squares, n);
       });
     });
     const double n = static_cast<double>(present), inverse = 1 / n;
