@@ -74,6 +74,7 @@ class Row:
     machine: str
     threads: int
     isa: str
+    clocks: str
     commit: str
     date: str
     python: str

@@ -36,7 +36,7 @@ def caption(rows: Sequence[Row]) -> str:
 
     first = rows[0]
     threads = f"{first.threads} thread" + ("s" if first.threads > 1 else "")
-    where = ", ".join(filter(None, (first.machine, threads, first.isa)))
+    where = ", ".join(filter(None, (first.machine, first.clocks, threads, first.isa)))
     days = sorted({r.date[:10] for r in rows})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     return f"{where}; torch {all_of('torch')}; commit {all_of('commit')}; {when}"
