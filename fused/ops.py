@@ -40,6 +40,13 @@ _library.define(
     f" {_SCALARS}) -> (Tensor dz, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dbias)"
 )
 
+# The same from a Linear's input on, z = x · weightᵀ + bias, for CUDA tensors alone and where
+# gemm.py has a kernel for it. z comes back empty, (0,), unless save_z.
+_library.define(
+    f"linear_row_forward(Tensor x, Tensor weight, {_PARAMETERS}, Tensor? residual, Tensor? seed,"
+    f" bool save_z, {_SCALARS}) -> (Tensor y, Tensor z, Tensor statistics)"
+)
+
 # The channel operators take contiguous z: (samples, channels, positions), or with channels_last
 # (samples, positions, channels). mean and variance (biased) are (samples, groups) for group and
 # instance norm, (1, channels) for batch norm; None without a norm. mask (samples, positions), bool,
@@ -96,6 +103,13 @@ def _statistics_dtype(z: Tensor) -> torch.dtype:
 def _(z, bias, norm_weight, norm_bias, residual, seed, norm, eps, activation, alpha, beta, t):
     planes = STATISTICS_OF[norm]
     return z.new_empty(z.shape), z.new_empty((planes, z.shape[0]), dtype=_statistics_dtype(z))
+
+
+@torch.library.register_fake("fused_lnad::linear_row_forward")
+def _(x, weight, bias, norm_weight, norm_bias, residual, seed, save_z, norm, *scalars):
+    rows, cols = x.shape[0], weight.shape[0]
+    statistics = x.new_empty((STATISTICS_OF[norm], rows), dtype=torch.float32)
+    return x.new_empty((rows, cols)), x.new_empty((rows, cols) if save_z else (0,)), statistics
 
 
 @torch.library.register_fake("fused_lnad::row_forward_")
@@ -213,6 +227,12 @@ def _triton_row_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
     return row_backward(dy, *args)
 
 
+def _triton_linear_row_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from .kernels.gemm_row import linear_row_forward
+
+    return linear_row_forward(x, *args)
+
+
 def _triton_channel(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         return getattr(import_module(".kernels.channel", __package__), name)(*args)
@@ -229,7 +249,7 @@ def _triton_channel_apply_(z: Tensor, *args: Any) -> None:
 _library.impl("row_forward", _triton_row_forward, "CUDA")
 _library.impl("row_forward_", _triton_row_forward_, "CUDA")
 _library.impl("row_backward", _triton_row_backward, "CUDA")
-
+_library.impl("linear_row_forward", _triton_linear_row_forward, "CUDA")
 _library.impl("channel_apply_", _triton_channel_apply_, "CUDA")
 
 # Those whose launcher in kernels/channel.py has the operator's name and arguments.
@@ -242,12 +262,15 @@ for _name in CHANNEL_LAUNCHERS:
 # Differentiation is autograd.py's; without this, torch's fallback for operators that have none
 # would look through the arguments at every call.
 OPERATORS = ("row_forward", "row_forward_", "row_backward", *CHANNEL_LAUNCHERS, "channel_apply_")
-for _name in OPERATORS:
+# Those without a C++ implementation.
+GPU_OPERATORS = ("linear_row_forward",)
+for _name in OPERATORS + GPU_OPERATORS:
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 row_forward = torch.ops.fused_lnad.row_forward.default
 row_forward_ = torch.ops.fused_lnad.row_forward_.default
 row_backward = torch.ops.fused_lnad.row_backward.default
+linear_row_forward = torch.ops.fused_lnad.linear_row_forward.default
 channel_statistics = torch.ops.fused_lnad.channel_statistics.default
 channel_forward = torch.ops.fused_lnad.channel_forward.default
 channel_apply = torch.ops.fused_lnad.channel_apply.default

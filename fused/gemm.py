@@ -1,0 +1,110 @@
+"""Whether a Linear on a GPU runs as one kernel with what follows it.
+
+The alternative is the library's GEMM and one pass over its result. `FUSED_GEMM` in the environment
+says which it is, for the whole process:
+
+    library   always the library's GEMM
+    auto      one kernel where a rule of kernels/gemm_tuning.py has it faster (the default)
+    fused     one kernel wherever there is one
+
+Where no kernel serves a case the library's GEMM does, whatever is asked for. The batch decides
+nothing, so that a change of it compiles nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .kernels import gemm_tuning
+from .kernels.gemm_tuning import Kind
+from .spec import NORM_NAMES
+
+MODES = ("auto", "library", "fused")
+
+
+def checked_mode(name: str) -> str:
+    """name itself.
+
+    Raises:
+        ValueError: unknown mode.
+    """
+    if name not in MODES:
+        raise ValueError(f"FUSED_GEMM must be one of {', '.join(MODES)}; got {name!r}")
+    return name
+
+
+mode = checked_mode(os.environ.get("FUSED_GEMM") or "auto")
+# What callers ask first, because it costs nothing.
+enabled = mode == "fused" or (mode == "auto" and bool(gemm_tuning.RULES))
+
+
+def serves_row(x: Tensor, weight: Tensor, norm: int, dropout: bool) -> bool:
+    """Whether `ops.linear_row_forward` runs a chain with this norm (a code of spec.py).
+
+    Args:
+        x: (rows, inner).
+        weight: (cols, inner).
+        dropout: whether the chain drops anything.
+    """
+    if not _is_readable(x, weight):
+        return False
+    cols, inner = weight.shape
+    decide = _decide_row.__wrapped__ if torch.compiler.is_dynamo_compiling() else _decide_row
+    return decide(cols, inner, x.dtype, _precision(x.dtype), norm, dropout, _device(x.get_device()))
+
+
+@lru_cache(maxsize=4096)
+def _decide_row(
+    cols: int,
+    inner: int,
+    dtype: torch.dtype,
+    precision: str,
+    norm: int,
+    dropout: bool,
+    device: tuple[int, int],
+) -> bool:
+    kind = Kind(NORM_NAMES[norm], dtype, precision, dropout)
+    return gemm_tuning.row_tile(cols, kind, *device) is not None and _is_faster(
+        cols, inner, kind, device
+    )
+
+
+def _is_faster(cols: int, inner: int, kind: Kind, device: tuple[int, int]) -> bool:
+    """Whether a kernel is to be used where there is one."""
+    return mode == "fused" or gemm_tuning.is_faster(cols, inner, kind, device[0])
+
+
+def _is_readable(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels can read x and weight, and write x's dtype, 16 bytes at a time."""
+    if not _is_on_gpu(x) or x.dtype not in gemm_tuning.DTYPES or weight.shape[1] == 0:
+        return False
+    align = 16 // x.element_size()
+    lengths = (*weight.shape, x.stride(0), weight.stride(0))
+    return x.stride(1) == 1 and weight.stride(1) == 1 and not any(n % align for n in lengths)
+
+
+def _is_on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+# The compiler takes what these two return for constant, as in backend.py. It guards on TF32 itself.
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return gemm_tuning.precision(dtype)
+
+
+def _device(index: int) -> tuple[int, int]:
+    """(architecture, threads of a warp) of a GPU, as kernels/tuning.py has them."""
+    from .kernels import tuning
+
+    device = tuning.gpu(index)
+    return device.arch, device.warp_size
+
+
+_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_device._dynamo_marked_constant = True  # type: ignore[attr-defined]

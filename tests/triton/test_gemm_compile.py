@@ -1,0 +1,162 @@
+"""Compiles the GEMM kernels as gemm_tuning.py would launch them on five GPUs, and reads the binaries.
+
+No GPU needed. Asserted: no spilled registers; matrix instructions (but for float32 in full
+precision, for which there are none); x and weight by 16-byte asynchronous copies or, on AMD, loads;
+16-byte stores; shared memory that the GPU has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="compiling Triton kernels needs triton")
+
+import triton
+from audit import _CUOBJDUMP, CACHE, TARGETS, Launch, _specialize, audit, captured
+from fused.kernels import gemm_tuning
+from fused.kernels.gemm_row import linear_row_forward
+from gemm_oracle import Case, forward_arguments, make_inputs
+
+from fused.spec import ACTIVATIONS
+
+BF16 = Case(64, 1024, 256, residual=True)
+FP32 = replace(BF16, dtype=torch.float32)
+WIDTHS = (16, 64, 128, 256, 512)
+EVERYWHERE = [replace(BF16, cols=cols) for cols in WIDTHS] + [replace(BF16, norm=None, cols=1024)]
+HOPPER = [
+    *(replace(BF16, activation=a) for a in (None, *ACTIVATIONS) if a != "gelu"),
+    *(replace(BF16, cols=cols, activation="mish") for cols in (64, 128, 512)),
+    *(replace(BF16, cols=cols, dtype=torch.float16) for cols in (64, 512)),
+    *(replace(BF16, cols=cols) for cols in (24, 200, 344)),
+    replace(BF16, inner=1000, cols=136),
+    replace(BF16, norm="rms"),
+    replace(BF16, p=0.0, affine=False, bias=False, residual=False),
+]
+# What a program may take of an SM's shared memory.
+SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+MATRIX = {
+    "sm_80": "HMMA",
+    "sm_90": "HGMMA",
+    "sm_100": "UTCHMMA",
+    "sm_120": "HMMA",
+    "gfx942": "v_mfma",
+}
+
+
+def launch_of(case: Case, arch: str, precision: str = "ieee", save_z: bool = True) -> Launch:
+    arguments = forward_arguments(case, make_inputs(case), save_z)
+    with captured(arch) as found, mock.patch.object(gemm_tuning, "precision", lambda d: precision):
+        linear_row_forward(*arguments)
+    (launch,) = found
+    return launch
+
+
+def opcodes(launch: Launch, arch: str) -> Counter[str]:
+    """How often each instruction of a binary occurs; kept like the results of audit.py."""
+    compiled = triton.compile(_specialize(launch), TARGETS[arch], {"num_warps": launch.num_warps})
+    if "cubin" not in compiled.asm:
+        return Counter(re.findall(r"^\s+([a-z]+_\w+)", compiled.asm["amdgcn"], re.M))
+    code = compiled.asm["cubin"]
+    kept = CACHE / f"{hashlib.sha256(code).hexdigest()}-opcodes.json"
+    if not kept.exists():
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(code)
+            file.flush()
+            command = [_CUOBJDUMP, "-sass", file.name]
+            sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", sass, re.M)
+        kept.write_text(json.dumps(Counter(found)))
+    return Counter(json.loads(kept.read_text()))
+
+
+def check(launch: Launch, arch: str, *, matrix: bool = True) -> None:
+    binary = audit(launch, arch)
+    found = opcodes(launch, arch)
+    what = f"{launch.kernel.__name__} {launch.arguments['BLOCK_N']} on {arch}: {binary} {found}"
+    assert binary.spills == 0, what
+    assert binary.shared <= SHARED[arch] * 1024, what
+    assert any(name.startswith(MATRIX[arch]) for name in found) == matrix, what
+    if arch == "gfx942":
+        assert found["global_load_dwordx4"] > 0, what
+    else:
+        copies = {name: n for name, n in found.items() if name.startswith("LDGSTS")}
+        assert copies and all(name.endswith(".128") for name in copies), what
+    assert binary.store_widths.get("16", 0) > 0, what
+    assert "1" not in binary.store_widths and "2" not in binary.store_widths, what
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("case", EVERYWHERE, ids=str)
+def test_every_width_on_every_gpu(case: Case, arch: str) -> None:
+    if arch == "sm_100" and case.cols == 512 and case.norm:
+        pytest.skip("gemm_tuning.py has no tile: it spills")
+    check(launch_of(case, arch), arch)
+
+
+@pytest.mark.parametrize("case", HOPPER, ids=str)
+def test_activations_and_dtypes_on_sm_90(case: Case) -> None:
+    check(launch_of(case, "sm_90"), "sm_90")
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+@pytest.mark.parametrize("cols", WIDTHS[:-1])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_float32(arch: str, cols: int, precision: str) -> None:
+    check(launch_of(replace(FP32, cols=cols), arch, precision), arch, matrix=precision == "tf32")
+
+
+@pytest.mark.parametrize("cols", WIDTHS)
+def test_without_z(cols: int) -> None:
+    check(launch_of(replace(BF16, cols=cols), "sm_90", save_z=False), "sm_90")
+
+
+def test_widths_without_a_tile() -> None:
+    def tile(cols: int, dtype: torch.dtype = torch.bfloat16, arch: int = 90) -> object:
+        return gemm_tuning.row_tile(cols, gemm_tuning.Kind("layer", dtype, "ieee", True), arch, 32)
+
+    assert tile(512) is not None and tile(513) is None
+    assert tile(256, torch.float32) is not None and tile(257, torch.float32) is None
+    assert tile(257, arch=100) is None
+
+
+def test_z_is_written_before_it_is_read() -> None:
+    """Between the last store of z and the first load of the epilogue all threads meet."""
+    launch = launch_of(replace(BF16, residual=False), "sm_90")
+    compiled = triton.compile(
+        _specialize(launch), TARGETS["sm_90"], {"num_warps": launch.num_warps}
+    )
+    order = re.findall(r"st\.global\.v4|bar\.sync|ld\.global\.v4", compiled.asm["ptx"])
+    last = len(order) - 1 - order[::-1].index("bar.sync")
+    stored = order.index("st.global.v4")
+    loaded = order.index("ld.global.v4", stored)
+    assert "bar.sync" in order[stored:loaded] and last > stored
+    assert order[stored : order.index("bar.sync", stored)].count("st.global.v4") == 8
+
+
+def test_batch_size_does_not_recompile() -> None:
+    def key(rows: int) -> dict[str, object]:
+        launch = launch_of(replace(BF16, rows=rows), "sm_90")
+        signature = _specialize(launch)
+        return {"signature": signature.signature, "constants": signature.constants}
+
+    assert key(1) == key(17) == key(4096)
+
+
+def test_the_check_sees_a_spill_and_narrow_copies() -> None:
+    """Regressions: a tile too wide for its warps, and rows that are no multiple of 16 bytes."""
+    crowded = replace(launch_of(replace(BF16, cols=512), "sm_90"), num_warps=4)
+    with pytest.raises(AssertionError):
+        check(crowded, "sm_90")
+    narrow = launch_of(replace(BF16, inner=1001), "sm_90")
+    with pytest.raises(AssertionError):
+        check(narrow, "sm_90")
