@@ -75,7 +75,8 @@ def row_tile(cols: int, kind: Kind, arch: int, warp_size: int) -> GemmTile | Non
     168, 172, 174, 255; sm_90 125, 110, 116, 220; gfx942 230, 205, 218, 250. 64 x 512 spills 10
     words on sm_100, in float32 10 to 18 on sm_80 and sm_120.
     """
-    block_n = max(16, 1 << (cols - 1).bit_length())
+    # 64 rows of weight at least, so that each thread copies 16 bytes.
+    block_n = max(64, 1 << (cols - 1).bit_length())
     if kind.norm is None:
         block_n = min(block_n, 128)
     half = kind.dtype != torch.float32

@@ -1,4 +1,4 @@
-"""Compiles the GEMM kernels as gemm_tuning.py would launch them on five GPUs, and reads the binaries.
+"""Compiles the GEMM kernels as gemm_tuning.py would launch them on five GPUs; reads the binaries.
 
 No GPU needed. Asserted: no spilled registers; matrix instructions (but for float32 in full
 precision, for which there are none); x and weight by 16-byte asynchronous copies or, on AMD, loads;
@@ -27,17 +27,15 @@ from fused.kernels import gemm_tuning
 from fused.kernels.gemm_row import linear_row_forward
 from gemm_oracle import Case, forward_arguments, make_inputs
 
-from fused.spec import ACTIVATIONS
-
 BF16 = Case(64, 1024, 256, residual=True)
 FP32 = replace(BF16, dtype=torch.float32)
-WIDTHS = (16, 64, 128, 256, 512)
+WIDTHS = (64, 128, 256, 512)
 EVERYWHERE = [replace(BF16, cols=cols) for cols in WIDTHS] + [replace(BF16, norm=None, cols=1024)]
 HOPPER = [
-    *(replace(BF16, activation=a) for a in (None, *ACTIVATIONS) if a != "gelu"),
-    *(replace(BF16, cols=cols, activation="mish") for cols in (64, 128, 512)),
-    *(replace(BF16, cols=cols, dtype=torch.float16) for cols in (64, 512)),
-    *(replace(BF16, cols=cols) for cols in (24, 200, 344)),
+    *(replace(BF16, activation=a) for a in (None, "softplus", "elu")),
+    *(replace(BF16, cols=cols, activation="mish") for cols in (128, 512)),
+    replace(BF16, cols=512, dtype=torch.float16),
+    *(replace(BF16, cols=cols) for cols in (16, 200, 344)),
     replace(BF16, inner=1000, cols=136),
     replace(BF16, norm="rms"),
     replace(BF16, p=0.0, affine=False, bias=False, residual=False),
@@ -82,14 +80,14 @@ def opcodes(launch: Launch, arch: str) -> Counter[str]:
 def check(launch: Launch, arch: str, *, matrix: bool = True) -> None:
     binary = audit(launch, arch)
     found = opcodes(launch, arch)
-    what = f"{launch.kernel.__name__} {launch.arguments['BLOCK_N']} on {arch}: {binary} {found}"
+    copies = {name: n for name, n in found.items() if name.startswith(("LDGSTS", "UTMA"))}
+    what = f"{launch.kernel.__name__} {launch.arguments['BLOCK_N']} on {arch}: {binary} {copies}"
     assert binary.spills == 0, what
     assert binary.shared <= SHARED[arch] * 1024, what
     assert any(name.startswith(MATRIX[arch]) for name in found) == matrix, what
     if arch == "gfx942":
         assert found["global_load_dwordx4"] > 0, what
     else:
-        copies = {name: n for name, n in found.items() if name.startswith("LDGSTS")}
         assert copies and all(name.endswith(".128") for name in copies), what
     assert binary.store_widths.get("16", 0) > 0, what
     assert "1" not in binary.store_widths and "2" not in binary.store_widths, what
@@ -109,13 +107,14 @@ def test_activations_and_dtypes_on_sm_90(case: Case) -> None:
 
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
-@pytest.mark.parametrize("cols", WIDTHS[:-1])
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize(
+    "arch, cols", [("sm_90", 64), ("sm_90", 128), *((arch, 256) for arch in list(TARGETS)[:4])]
+)
 def test_float32(arch: str, cols: int, precision: str) -> None:
     check(launch_of(replace(FP32, cols=cols), arch, precision), arch, matrix=precision == "tf32")
 
 
-@pytest.mark.parametrize("cols", WIDTHS)
+@pytest.mark.parametrize("cols", [64, 256])
 def test_without_z(cols: int) -> None:
     check(launch_of(replace(BF16, cols=cols), "sm_90", save_z=False), "sm_90")
 
@@ -136,10 +135,9 @@ def test_z_is_written_before_it_is_read() -> None:
         _specialize(launch), TARGETS["sm_90"], {"num_warps": launch.num_warps}
     )
     order = re.findall(r"st\.global\.v4|bar\.sync|ld\.global\.v4", compiled.asm["ptx"])
-    last = len(order) - 1 - order[::-1].index("bar.sync")
     stored = order.index("st.global.v4")
     loaded = order.index("ld.global.v4", stored)
-    assert "bar.sync" in order[stored:loaded] and last > stored
+    assert "bar.sync" in order[stored:loaded]
     assert order[stored : order.index("bar.sync", stored)].count("st.global.v4") == 8
 
 
