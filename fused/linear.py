@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops, reference
-from .autograd import Codes, contiguous_rows, epilogue_of
+from .autograd import ChannelCodes, Codes, channel_epilogue_of, contiguous_rows, epilogue_of
+from .spec import NORM_NAMES
 
 # The inputs of which a chain has gradients, in the order of the functions' arguments.
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -79,6 +80,86 @@ class LinearRowFunction(torch.autograd.Function):
             dnorm_weight if needs[3] else None,
             dnorm_bias if needs[4] else None,
             dresidual,
+            None,
+            None,
+        )
+
+
+class LinearChannelFunction(torch.autograd.Function):
+    """The same with batch or group norm behind; `codes` are those of rows as channels-last memory.
+
+    Returns:
+        y; where `learns`, also mean and variance as the operator gives them, which are not
+        differentiable.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        residual: Tensor | None,
+        seed: Tensor | None,
+        codes: ChannelCodes,
+        learns: bool,
+    ) -> Any:
+        parameters = (bias, norm_weight, norm_bias)
+        y, z, mean, variance = ops.linear_channel_forward(
+            x, weight, *parameters, residual, seed, True, *codes
+        )
+        kept = weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x, kept, z, norm_weight, norm_bias, mean, variance, seed)
+        ctx.weight, ctx.bias, ctx.codes = weight, bias, codes
+        if not learns:
+            return y
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.set_materialize_grads(False)
+        return y, mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
+        needs, codes = ctx.needs_input_grad, ctx.codes
+        if dy is None:
+            return (None,) * 9
+        x, weight, z, norm_weight, norm_bias, mean, variance, seed = ctx.saved_tensors
+        dresidual = dy if needs[5] else None
+        batch = NORM_NAMES[codes[0]] == "batch"
+        # Samples, positions, channels: batch norm's statistics are of positions.
+        view = (1, *z.shape) if batch else (z.shape[0], 1, z.shape[1])
+        if torch.is_grad_enabled():
+
+            def run(z: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> Tensor:
+                given = (None, None, norm_weight, norm_bias, None, None, seed)
+                epilogue = channel_epilogue_of(codes)
+                return reference.channel(z.view(view), epilogue, *given).view(z.shape)
+
+            inputs = (x, ctx.weight if weight is None else weight, ctx.bias, norm_weight, norm_bias)
+            found = _differentiable(run, inputs, needs[:5], z, dy)
+            return *found, dresidual, None, None, None
+        wanted = (
+            (ops.WANT_NORM_WEIGHT if needs[3] else 0)
+            | (ops.WANT_NORM_BIAS if needs[4] else 0)
+            | (ops.WANT_BIAS if needs[2] and batch else 0)
+        )
+        dz, dnorm_weight, dnorm_bias, dbias = ops.channel_backward(
+            dy.contiguous().view(view),
+            *(z.view(view), mean, variance, None, norm_weight, norm_bias, None, seed),
+            *(wanted, False, *codes),
+        )
+        dz = dz.view(z.shape)
+        if needs[2] and not batch:
+            dbias = dz.sum(0)
+        return (
+            None if weight is None else dz @ weight,
+            dz.t() @ x,
+            dbias if needs[2] else None,
+            dnorm_weight if needs[3] else None,
+            dnorm_bias if needs[4] else None,
+            dresidual,
+            None,
             None,
             None,
         )

@@ -93,6 +93,12 @@ _library.define(
     "channel_gradient(Tensor dy, Tensor z, Tensor mean, Tensor variance, Tensor sums, Tensor count,"
     f" {_CHANNEL_PARAMETERS}, Tensor? mask, Tensor? seed, {_CHANNEL_SCALARS}) -> Tensor dz"
 )
+# From a Linear's input on, as linear_row_forward; channels_last alone, without mask.
+_library.define(
+    f"linear_channel_forward(Tensor x, Tensor weight, {_PARAMETERS}, Tensor? residual,"
+    f" Tensor? seed, bool save_z, {_CHANNEL_SCALARS})"
+    " -> (Tensor y, Tensor z, Tensor mean, Tensor variance)"
+)
 
 
 def _statistics_dtype(z: Tensor) -> torch.dtype:
@@ -105,11 +111,21 @@ def _(z, bias, norm_weight, norm_bias, residual, seed, norm, eps, activation, al
     return z.new_empty(z.shape), z.new_empty((planes, z.shape[0]), dtype=_statistics_dtype(z))
 
 
+def _empty_outputs(x: Tensor, weight: Tensor, save_z: bool) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if save_z else (0,))
+
+
 @torch.library.register_fake("fused_lnad::linear_row_forward")
 def _(x, weight, bias, norm_weight, norm_bias, residual, seed, save_z, norm, *scalars):
-    rows, cols = x.shape[0], weight.shape[0]
-    statistics = x.new_empty((STATISTICS_OF[norm], rows), dtype=torch.float32)
-    return x.new_empty((rows, cols)), x.new_empty((rows, cols) if save_z else (0,)), statistics
+    statistics = x.new_empty((STATISTICS_OF[norm], x.shape[0]), dtype=torch.float32)
+    return *_empty_outputs(x, weight, save_z), statistics
+
+
+@torch.library.register_fake("fused_lnad::linear_channel_forward")
+def _(x, weight, bias, norm_weight, norm_bias, residual, seed, save_z, norm, groups, *scalars):
+    mean, variance, _count = _empty_statistics(x, None, norm, groups)
+    return *_empty_outputs(x, weight, save_z), mean, variance
 
 
 @torch.library.register_fake("fused_lnad::row_forward_")
@@ -227,10 +243,12 @@ def _triton_row_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
     return row_backward(dy, *args)
 
 
-def _triton_linear_row_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from .kernels.gemm_row import linear_row_forward
+def _triton_linear(name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        module = import_module(f".kernels.gemm_{name}", __package__)
+        return getattr(module, f"linear_{name}_forward")(*args)
 
-    return linear_row_forward(x, *args)
+    return call
 
 
 def _triton_channel(name: str) -> Callable[..., Any]:
@@ -249,7 +267,8 @@ def _triton_channel_apply_(z: Tensor, *args: Any) -> None:
 _library.impl("row_forward", _triton_row_forward, "CUDA")
 _library.impl("row_forward_", _triton_row_forward_, "CUDA")
 _library.impl("row_backward", _triton_row_backward, "CUDA")
-_library.impl("linear_row_forward", _triton_linear_row_forward, "CUDA")
+for _name in ("row", "channel"):
+    _library.impl(f"linear_{_name}_forward", _triton_linear(_name), "CUDA")
 _library.impl("channel_apply_", _triton_channel_apply_, "CUDA")
 
 # Those whose launcher in kernels/channel.py has the operator's name and arguments.
@@ -263,7 +282,7 @@ for _name in CHANNEL_LAUNCHERS:
 # would look through the arguments at every call.
 OPERATORS = ("row_forward", "row_forward_", "row_backward", *CHANNEL_LAUNCHERS, "channel_apply_")
 # Those without a C++ implementation.
-GPU_OPERATORS = ("linear_row_forward",)
+GPU_OPERATORS = ("linear_row_forward", "linear_channel_forward")
 for _name in OPERATORS + GPU_OPERATORS:
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
@@ -271,6 +290,7 @@ row_forward = torch.ops.fused_lnad.row_forward.default
 row_forward_ = torch.ops.fused_lnad.row_forward_.default
 row_backward = torch.ops.fused_lnad.row_backward.default
 linear_row_forward = torch.ops.fused_lnad.linear_row_forward.default
+linear_channel_forward = torch.ops.fused_lnad.linear_channel_forward.default
 channel_statistics = torch.ops.fused_lnad.channel_statistics.default
 channel_forward = torch.ops.fused_lnad.channel_forward.default
 channel_apply = torch.ops.fused_lnad.channel_apply.default

@@ -22,7 +22,7 @@ LONGER: dict[str, tuple[int, str]] = {}
 # Each module may import only those before it.
 ORDER = ["spec", "random", "layout", "reference", "moments", "synchronize", "ops", "backend"]
 ORDER += ["autograd", "gemm", "linear", "running", "small"]
-ORDER += ["dispatch", "checks", "channel", "jagged", "functional", "norms"]
+ORDER += ["dispatch", "linear_channel", "checks", "channel", "jagged", "functional", "norms"]
 ORDER += ["guard", "stages", "chain", "channel_chain", "plan", "sequential", "build", "nn"]
 ORDER += ["convert", "progress", "scaler", "foldable", "fold", "ensemble"]
 ORDER += ["selftest", "doctor", "__main__"]

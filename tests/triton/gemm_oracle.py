@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from oracle import complaint
 from torch import Tensor
 
-from fused import dispatch, gemm, ops, reference
-from fused.spec import ACTIVATIONS, Epilogue, dropout_threshold
+from fused import channel, dispatch, gemm, ops, reference
+from fused.running import ChannelNorm
+from fused.spec import ACTIVATIONS, CHANNEL_NORMS, ChannelEpilogue, Epilogue, dropout_threshold
 
 # The tensors of a chain that have gradients.
 LEAVES = ("x", "weight", "bias", "norm_weight", "norm_bias", "residual")
@@ -38,6 +39,7 @@ class Case:
     affine: bool = True
     residual: bool = False
     gap: int = 0
+    groups: int = 2
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -51,6 +53,21 @@ class Case:
         alpha, beta = (*parameters, 0.0, 0.0)[:2]
         eps = 1e-5 if self.norm else 0.0
         return Epilogue(self.norm, eps, self.activation, alpha, beta, dropout_threshold(self.p))
+
+    @property
+    def is_channel(self) -> bool:
+        return self.norm in CHANNEL_NORMS
+
+    @property
+    def channel_epilogue(self) -> ChannelEpilogue:
+        groups = self.groups if self.norm == "group" else self.cols
+        return ChannelEpilogue(**vars(self.epilogue), groups=groups, channels_last=True)
+
+    @property
+    def view(self) -> tuple[int, int, int]:
+        """z as samples, positions and channels."""
+        batch = self.norm == "batch"
+        return (1, self.rows, self.cols) if batch else (self.rows, 1, self.cols)
 
 
 @dataclass(frozen=True)
@@ -100,21 +117,27 @@ def fused_gemm() -> Iterator[None]:
 
 
 def forward_arguments(case: Case, x: Inputs, save_z: bool = True) -> tuple[object, ...]:
-    """The arguments of linear_row_forward, in the order of the schema."""
+    """The arguments of linear_row_forward or linear_channel_forward, in the order of the schema."""
     seed = x.seed if case.epilogue.threshold else None
     parameters = (x.bias, x.norm_weight, x.norm_bias)
-    return (x.x, x.weight, *parameters, x.residual, seed, save_z, *case.epilogue.codes)
+    codes = case.channel_epilogue.channel_codes if case.is_channel else case.epilogue.codes
+    return (x.x, x.weight, *parameters, x.residual, seed, save_z, *codes)
 
 
 def run(case: Case, x: Inputs) -> dict[str, Tensor]:
     """y and the gradient of every input by the kernels, by name."""
     leaves = {n: t.detach().requires_grad_() for n in LEAVES if (t := getattr(x, n)) is not None}
-    arguments = [leaves.get(name) for name in LEAVES]
-    with (
-        fused_gemm(),
-        mock.patch.object(ops, "linear_row_forward", wraps=ops.linear_row_forward) as called,
-    ):
-        y = dispatch.run_linear_row(*arguments, x.seed, case.epilogue.codes)
+    name = "linear_channel_forward" if case.is_channel else "linear_row_forward"
+    codes = case.epilogue.codes
+    with fused_gemm(), mock.patch.object(ops, name, wraps=getattr(ops, name)) as called:
+        if case.is_channel:
+            given, weight, bias, norm_weight, norm_bias, residual = map(leaves.get, LEAVES)
+            norm = ChannelNorm(case.norm, case.groups, norm_weight, norm_bias)
+            y = channel.run_linear_channel(
+                *(given, weight, bias, -1, norm, codes), residual=residual, seed=x.seed
+            )
+        else:
+            y = dispatch.run_linear_row(*map(leaves.get, LEAVES), x.seed, codes)
     called.assert_called_once()
     gradients = torch.autograd.grad(y, list(leaves.values()), x.dy)
     return {"y": y.detach()} | dict(zip(leaves, gradients, strict=True))
@@ -126,8 +149,13 @@ def expected(case: Case, x: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
         n: t.detach().to(dtype).requires_grad_() for n in LEAVES if (t := getattr(x, n)) is not None
     }
     z = F.linear(leaves["x"], leaves["weight"], leaves.get("bias"))
-    rest = (leaves.get("norm_weight"), leaves.get("norm_bias"), leaves.get("residual"))
-    y = reference.row(z, case.epilogue, None, *rest, x.seed)
+    affine, residual = (leaves.get("norm_weight"), leaves.get("norm_bias")), leaves.get("residual")
+    if case.is_channel:
+        residual = None if residual is None else residual.reshape(case.view)
+        rest = (None, None, *affine, residual, None, x.seed)
+        y = reference.channel(z.view(case.view), case.channel_epilogue, *rest).view(z.shape)
+    else:
+        y = reference.row(z, case.epilogue, None, *affine, residual, x.seed)
     gradients = torch.autograd.grad(y, list(leaves.values()), x.dy.to(dtype))
     return {"y": y.detach()} | dict(zip(leaves, gradients, strict=True))
 
@@ -148,10 +176,10 @@ def check(case: Case, device: str = "cpu") -> dict[str, Tensor]:
     return result
 
 
-def matrix_of_cases() -> list[Case]:
+def matrix_of_cases(norms: tuple[str | None, ...] = ("layer", "rms", None)) -> list[Case]:
     """Every norm x activation x dtype, with the other properties taken in turn."""
     cases = []
-    for norm in ("layer", "rms", None):
+    for norm in norms:
         for activation in (None, *ACTIVATIONS):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 i = len(cases)

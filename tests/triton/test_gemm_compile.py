@@ -24,19 +24,27 @@ pytest.importorskip("triton", reason="compiling Triton kernels needs triton")
 import triton
 from audit import _CUOBJDUMP, CACHE, TARGETS, Launch, _specialize, audit, captured
 from fused.kernels import gemm_tuning
+from fused.kernels.gemm_channel import linear_channel_forward
 from fused.kernels.gemm_row import linear_row_forward
 from gemm_oracle import Case, forward_arguments, make_inputs
 
 BF16 = Case(64, 1024, 256, residual=True)
 FP32 = replace(BF16, dtype=torch.float32)
 WIDTHS = (64, 128, 256, 512)
-EVERYWHERE = [replace(BF16, cols=cols) for cols in WIDTHS] + [replace(BF16, norm=None, cols=1024)]
+BATCH = replace(BF16, norm="batch", cols=1024)
+EVERYWHERE = [
+    *(replace(BF16, cols=cols) for cols in WIDTHS),
+    replace(BF16, norm=None, cols=1024),
+    BATCH,
+]
 HOPPER = [
     *(replace(BF16, activation=a) for a in (None, "softplus", "elu")),
     *(replace(BF16, cols=cols, activation="mish") for cols in (128, 512)),
     replace(BF16, cols=512, dtype=torch.float16),
     *(replace(BF16, cols=cols) for cols in (16, 200, 344)),
     replace(BF16, inner=1000, cols=136),
+    replace(BATCH, inner=1000, cols=136),
+    replace(BATCH, cols=40, bias=False),
     replace(BF16, norm="rms"),
     replace(BF16, p=0.0, affine=False, bias=False, residual=False),
 ]
@@ -54,9 +62,8 @@ MATRIX = {
 def launch_of(case: Case, arch: str, precision: str = "ieee", save_z: bool = True) -> Launch:
     arguments = forward_arguments(case, make_inputs(case), save_z)
     with captured(arch) as found, mock.patch.object(gemm_tuning, "precision", lambda d: precision):
-        linear_row_forward(*arguments)
-    (launch,) = found
-    return launch
+        (linear_channel_forward if case.is_channel else linear_row_forward)(*arguments)
+    return found[0]  # what follows the GEMM is a channel kernel
 
 
 def opcodes(launch: Launch, arch: str) -> Counter[str]:
@@ -114,6 +121,13 @@ def test_float32(arch: str, cols: int, precision: str) -> None:
     check(launch_of(replace(FP32, cols=cols), arch, precision), arch, matrix=precision == "tf32")
 
 
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+@pytest.mark.parametrize("arch", list(TARGETS)[:4])
+def test_batch_norm_of_float32(arch: str, precision: str) -> None:
+    launch = launch_of(replace(BATCH, dtype=torch.float32), arch, precision)
+    check(launch, arch, matrix=precision == "tf32")
+
+
 @pytest.mark.parametrize("cols", [64, 256])
 def test_without_z(cols: int) -> None:
     check(launch_of(replace(BF16, cols=cols), "sm_90", save_z=False), "sm_90")
@@ -141,9 +155,10 @@ def test_z_is_written_before_it_is_read() -> None:
     assert order[stored : order.index("bar.sync", stored)].count("st.global.v4") == 8
 
 
-def test_batch_size_does_not_recompile() -> None:
+@pytest.mark.parametrize("case", [BF16, BATCH], ids=str)
+def test_batch_size_does_not_recompile(case: Case) -> None:
     def key(rows: int) -> dict[str, object]:
-        launch = launch_of(replace(BF16, rows=rows), "sm_90")
+        launch = launch_of(replace(case, rows=rows), "sm_90")
         signature = _specialize(launch)
         return {"signature": signature.signature, "constants": signature.constants}
 

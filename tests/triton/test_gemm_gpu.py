@@ -1,7 +1,7 @@
 """The GEMM kernels' cases on a real GPU at full size; skipped without one.
 
-What only a GPU can show: matrix instructions and their pipelines, that a program's threads see the z
-that it has written, layouts, and that the dispatcher finds these kernels.
+What only a GPU can show: matrix instructions and their pipelines, that a program's threads see the
+z that it has written, layouts, and that the dispatcher finds these kernels.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ pytestmark = [
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NORMS = ("layer", "rms", None)
+EVERY_NORM = (*NORMS, "batch")
 
 
-@pytest.mark.parametrize("case", matrix_of_cases(), ids=str)
+@pytest.mark.parametrize("case", matrix_of_cases(EVERY_NORM), ids=str)
 def test_every_norm_activation_dtype(case: Case) -> None:
     cols = (64, 200, 256)[case.cols % 3]
     check(replace(case, rows=301, inner=case.inner * 8, cols=cols), device="cuda")
@@ -46,16 +47,18 @@ def test_every_norm_activation_dtype(case: Case) -> None:
 @pytest.mark.parametrize("rows, inner", [(1, 8), (129, 1000), (5000, 256), (100_003, 64)])
 @pytest.mark.parametrize("cols", [8, 64, 136, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", EVERY_NORM)
 def test_shapes(norm: str | None, dtype: torch.dtype, cols: int, rows: int, inner: int) -> None:
+    if norm == "batch" and rows == 1:
+        pytest.skip("one element has no spread")
     check(Case(rows, inner, cols, dtype, norm, residual=True), device="cuda")
 
 
 @pytest.mark.parametrize("cols", [512, 344])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", EVERY_NORM)
 def test_wide_rows(norm: str | None, dtype: torch.dtype, cols: int) -> None:
-    if norm and torch.cuda.get_device_capability()[0] in (10, 11):
+    if norm in ("layer", "rms") and torch.cuda.get_device_capability()[0] in (10, 11):
         pytest.skip("gemm_tuning.py has no tile for this GPU")
     check(Case(2049, 768, cols, dtype, norm, gap=8), device="cuda")
 
@@ -124,12 +127,24 @@ def test_more_than_2_to_the_31_elements() -> None:
         assert torch.equal(whole[0][-4:], tail[0]) and torch.equal(whole[1][-4:], tail[1])
 
 
-@pytest.mark.parametrize("norm", NORMS)
+def test_statistics_of_batch_norm() -> None:
+    case = Case(100_003, 64, 200, torch.float32, "batch", p=0.0)
+    x = make_inputs(case, "cuda")
+    x = replace(x, bias=x.bias + 1000.0)
+    _, z, mean, variance = ops.linear_channel_forward(*forward_arguments(case, x))
+    torch.testing.assert_close(mean[0].double(), z.double().mean(0), rtol=1e-6, atol=0)
+    exact = z.double().var(0, correction=0)
+    torch.testing.assert_close(variance[0].double(), exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("norm", EVERY_NORM)
 def test_same_bits_twice_and_for_any_batch(norm: str | None) -> None:
     case = Case(5000, 256, 200, norm=norm)
     x = make_inputs(case, "cuda")
     first, second = run(case, x), run(case, x)
     assert all(torch.equal(first[name], second[name]) for name in first)
+    if norm == "batch":
+        return
     y = ops.linear_row_forward(*forward_arguments(case, replace(x, x=x.x[:3])))[0]
     assert torch.equal(first["y"][:3], y)
 
