@@ -2,7 +2,8 @@
 
     y = residual + dropout(activation(norm(x · weightᵀ + bias)))
 
-Under a norm a tile holds whole rows; without one it is any part of rows. z takes the way over
+Under a norm a tile holds whole rows; without one it is any part of rows, and where there are tensor
+descriptors the kernel of gemm_tma.py serves. z takes the way over
 memory, into its own tensor or, where no backward will read it, into y's: the program reads back
 what it has just written, a few rows at a time, from L1 or L2. The accumulators do not have the
 layout in which rows are summed up and written: rearranged in registers and shared memory, whole
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..spec import ACTIVATION_NAMES, NORM_NAMES
 from . import gemm_tuning, tuning
 from .gemm_tile import add_bias, product, tile_of_program
+from .gemm_tma import can_describe, plain_forward
 from .norm import STATISTICS
 from .row_epilogue import write_rows
 from .tile import row_offset
@@ -136,6 +138,14 @@ def linear_row_forward(
     device = tuning.device(x)
     precision = gemm_tuning.precision(x.dtype)
     kind = gemm_tuning.Kind(name, x.dtype, precision, bool(threshold))
+    seed = seed if threshold else None
+    if name is None:
+        plain = gemm_tuning.plain_tile(kind, device.arch)
+        if plain is not None and can_describe(x, weight, residual, y):
+            scalars = (ACTIVATION_NAMES[activation], (alpha, beta, threshold), precision)
+            outputs = (z if save_z else None, y)
+            plain_forward(x, weight, bias, residual, seed, *outputs, *scalars, plain, device)
+            return y, z, statistics
     tile = gemm_tuning.row_tile(cols, kind, device.arch, device.warp_size)
     if tile is None:
         raise ValueError(f"linear_row_forward: no tile holds {cols} columns of {x.dtype} ({kind})")
@@ -155,7 +165,7 @@ def linear_row_forward(
             z if save_z else None,
             y,
             statistics if name else None,
-            seed if threshold else None,
+            seed,
             rows,
             cols,
             inner,

@@ -92,12 +92,16 @@ def check(launch: Launch, arch: str, *, matrix: bool = True) -> None:
     assert binary.spills == 0, what
     assert binary.shared <= SHARED[arch] * 1024, what
     assert any(name.startswith(MATRIX[arch]) for name in found) == matrix, what
+    assert "1" not in binary.store_widths and "2" not in binary.store_widths, what
+    if launch.kernel.__name__ == "_gemm_tma_kernel":
+        assert copies["UTMALDG.2D"] > 0 and copies["UTMASTG.2D"] == 8, what
+        assert set(copies) <= {"UTMALDG.2D", "UTMASTG.2D", "UTMACMDFLUSH"}, what
+        return
     if arch == "gfx942":
         assert found["global_load_dwordx4"] > 0, what
     else:
         assert copies and all(name.endswith(".128") for name in copies), what
     assert binary.store_widths.get("16", 0) > 0, what
-    assert "1" not in binary.store_widths and "2" not in binary.store_widths, what
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -133,6 +137,38 @@ def test_without_z(cols: int) -> None:
     check(launch_of(replace(BF16, cols=cols), "sm_90", save_z=False), "sm_90")
 
 
+PLAIN = replace(BF16, norm=None, cols=1000)
+
+
+@pytest.mark.parametrize("activation", [None, "mish", "softplus"])
+def test_activations_by_descriptors(activation: str | None) -> None:
+    check(launch_of(replace(PLAIN, activation=activation), "sm_90"), "sm_90")
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
+def test_tf32_by_descriptors(arch: str) -> None:
+    launch = launch_of(replace(PLAIN, dtype=torch.float32), arch, "tf32")
+    assert launch.kernel.__name__ == "_gemm_tma_kernel"
+    check(launch, arch)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_descriptors_where_there_are_any(arch: str) -> None:
+    by_descriptors = launch_of(PLAIN, arch).kernel.__name__ == "_gemm_tma_kernel"
+    assert by_descriptors == (arch in ("sm_90", "sm_100", "sm_120"))
+    full = launch_of(replace(PLAIN, dtype=torch.float32), arch)
+    assert full.kernel.__name__ == "_gemm_row_kernel"
+    if arch != "gfx942":
+        check(full, arch, matrix=False)
+
+
+def test_two_programs_by_descriptors_fit_an_sm() -> None:
+    """On sm_90: 65536 registers and 228 KB, of which a program takes 1 KB more than it asks for."""
+    binary = audit(launch_of(PLAIN, "sm_90"), "sm_90")
+    assert 2 * binary.registers * 128 <= 65536
+    assert 2 * (binary.shared + 1024) <= 228 * 1024
+
+
 def test_widths_without_a_tile() -> None:
     def tile(cols: int, dtype: torch.dtype = torch.bfloat16, arch: int = 90) -> object:
         return gemm_tuning.row_tile(cols, gemm_tuning.Kind("layer", dtype, "ieee", True), arch, 32)
@@ -155,7 +191,7 @@ def test_z_is_written_before_it_is_read() -> None:
     assert order[stored : order.index("bar.sync", stored)].count("st.global.v4") == 8
 
 
-@pytest.mark.parametrize("case", [BF16, BATCH], ids=str)
+@pytest.mark.parametrize("case", [BF16, BATCH, PLAIN], ids=str)
 def test_batch_size_does_not_recompile(case: Case) -> None:
     def key(rows: int) -> dict[str, object]:
         launch = launch_of(replace(case, rows=rows), "sm_90")

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from fused.kernels import gemm_row, tuning
+from fused.kernels import gemm_row, gemm_tuning, tuning
 from fused.kernels.gemm_row import linear_row_forward
 from gemm_oracle import (
     Case,
@@ -265,3 +265,69 @@ def test_fake_kernel_foretells_shapes_and_dtypes(
         fake = ops.linear_row_forward(*arguments)
     for r, f in zip(real, fake, strict=True):
         assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
+
+
+@pytest.fixture
+def descriptors() -> Iterator[None]:
+    """The kernel by tensor descriptors, on tiles that leave parts of rows and columns over."""
+    tile = gemm_tuning.GemmTile(32, 64, 32, 2, 4)
+    with mock.patch.object(gemm_tuning, "plain_tile", lambda *args: tile):
+        yield
+
+
+@pytest.mark.parametrize("rows, inner, cols", [(1, 8, 8), (40, 72, 136), (33, 40, 64)])
+@EVERY_DTYPE
+@pytest.mark.usefixtures("descriptors")
+def test_descriptors_off_the_tile(dtype: torch.dtype, rows: int, inner: int, cols: int) -> None:
+    with launches() as log:
+        check(Case(rows, inner, cols, dtype, None, residual=True, gap=8))
+    assert log[0].kernel == "_gemm_tma_kernel"
+
+
+@pytest.mark.parametrize("case", matrix_of_cases((None,)), ids=str)
+@pytest.mark.usefixtures("descriptors")
+def test_descriptors_with_every_activation_dtype(case: Case) -> None:
+    check(case)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("save_z", [True, False])
+def test_descriptors_give_what_pointers_give(dtype: torch.dtype, save_z: bool) -> None:
+    """The same epilogue, mask included; z up to the order of its sums."""
+    case = Case(40, 24, 136, dtype, None, p=0.5, residual=True)
+    x = make_inputs(case)
+    pointers = linear_row_forward(*forward_arguments(case, x, save_z))
+    tile = gemm_tuning.GemmTile(32, 64, 64, 2, 4)
+    with mock.patch.object(gemm_tuning, "plain_tile", lambda *args: tile), launches() as log:
+        found = linear_row_forward(*forward_arguments(case, x, save_z))
+    assert [launch.kernel for launch in log] == ["_gemm_tma_kernel"]
+    assert log[0].stored["y_desc"] == log[0].loaded["residual_desc"] == x.residual.nbytes
+    assert log[0].stored["z_desc"] == (x.residual.nbytes if save_z else 0)
+    for a, b in zip(found, pointers, strict=True):
+        torch.testing.assert_close(a, b)
+    if save_z:
+        assert torch.equal(found[0], epilogue_of(case, x, found[1])[0])
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_what_descriptors_cannot_address_goes_by_pointers() -> None:
+    case = Case(5, 40, 72, norm=None, residual=True)
+    x = make_inputs(case)
+    shifted = torch.empty(5 * 40 + 1, dtype=x.x.dtype)[1:].view(5, 40).copy_(x.x)
+    for other in (replace(x, x=shifted), make_inputs(replace(case, gap=3))):
+        with launches() as log:
+            linear_row_forward(*forward_arguments(case, other))
+        assert log[0].kernel == "_gemm_row_kernel"
+
+
+@pytest.mark.parametrize("threshold", [1, 32768, 65535])
+@pytest.mark.usefixtures("descriptors")
+def test_mask_by_descriptors_is_random_py_bit_for_bit(threshold: int) -> None:
+    rows, cols = 40, 136
+    for dtype, number in ((torch.float32, 0), (torch.bfloat16, -1), (torch.float16, 2**62 + 7)):
+        seed = torch.tensor([number])
+        x, weight = torch.zeros(rows, 8, dtype=dtype), torch.zeros(cols, 8, dtype=dtype)
+        bias = torch.ones(cols, dtype=dtype)
+        scalars = (0, 0.0, 0, 0.0, 0.0, threshold)
+        y, *_ = linear_row_forward(x, weight, bias, None, None, None, seed, False, *scalars)
+        assert torch.equal(y != 0, keep_mask(rows, cols, threshold, seed))
