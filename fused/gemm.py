@@ -57,13 +57,15 @@ def serves_row(x: Tensor, weight: Tensor, norm: int, dropout: bool) -> bool:
     return decide(cols, inner, x.dtype, _precision(x.dtype), norm, dropout, _device(x.get_device()))
 
 
-def serves_batch(x: Tensor, weight: Tensor, dropout: bool) -> bool:
-    """Whether `ops.linear_channel_forward` runs a chain with batch norm."""
+def serves_channel(x: Tensor, weight: Tensor, norm: int, groups: int, dropout: bool) -> bool:
+    """Whether `ops.linear_channel_forward` runs a chain with batch or group norm."""
     if not _is_readable(x, weight):
         return False
-    kind = Kind("batch", x.dtype, _precision(x.dtype), dropout)
-    cols, inner = weight.shape
-    return _is_faster(cols, inner, kind, _device(x.get_device()))
+    kind = Kind(NORM_NAMES[norm], x.dtype, _precision(x.dtype), dropout)
+    (cols, inner), device = weight.shape, _device(x.get_device())
+    if kind.norm == "group" and not gemm_tuning.group_tile(cols // groups, kind, *device):
+        return False
+    return _is_faster(cols, inner, kind, device)
 
 
 @lru_cache(maxsize=4096)

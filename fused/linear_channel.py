@@ -1,4 +1,4 @@
-"""Linear and batch norm as one operator from x on, where gemm.py says that there is one."""
+"""Linear and batch or group norm as one operator, where gemm.py says that there is one."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ def serves_linear_channel(
     """Whether `run_linear_channel` takes these arguments of channel.py's function of that name."""
     residual = options.get("residual")
     if (
-        norm.name != "batch"
+        norm.name not in ("batch", "group")
         or norm.mean is not None
         or norm.across
         or norm.virtual_batch_size is not None
         or options.get("mask") is not None
         or options.get("channel_dropout", False)
-        or not (x.dim() == 2 or (channel_dim == -1 and x.dim() > 2))
+        # Group norm has one position for each sample; more are not neighbours of one row.
+        or not (x.dim() == 2 or (channel_dim == -1 and x.dim() > 2 and norm.name == "batch"))
         or x.numel() == 0
         or (residual is not None and residual.dtype != x.dtype)
         or torch.is_autocast_enabled(x.device.type)
@@ -44,7 +45,7 @@ def serves_linear_channel(
     # Frozen weights stay torch's: with them nn.Linear does not keep x.
     if not weight.requires_grad and needs_gradient(x, bias, norm.weight, norm.bias, residual):
         return False
-    return gemm.serves_batch(_rows(x), weight, codes[5] > 0)
+    return gemm.serves_channel(_rows(x), weight, codes[0], norm.groups, codes[5] > 0)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -72,7 +73,8 @@ def run_linear_channel(
         residual = residual.reshape(rows, channels).contiguous()
         if residual is x:  # the compiler takes no tensor twice
             residual = residual.view_as(residual)
-    scalars = (codes[0], channels, True, *codes[1:], False)
+    groups = norm.groups if norm.name == "group" else channels
+    scalars = (codes[0], groups, True, *codes[1:], False)
     inputs = (x, weight, bias, norm.weight, norm.bias, residual, seed)
     learns = norm.running_mean is not None
     if needs_gradient(*inputs):

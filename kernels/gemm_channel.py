@@ -2,15 +2,18 @@
 
     y = residual + dropout(activation(norm(x · weightᵀ + bias)))
 
-Batch norm's statistics are of columns, and come out of the GEMM's tiles (gemm_batch.py).
+Batch norm's statistics are of columns, and come out of the GEMM's tiles (gemm_batch.py); group
+norm's are of parts of rows, which a tile holds (gemm_group.py).
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from ..spec import NORM_NAMES
 from .channel_problem import problem_of
 from .gemm_batch import batch_forward
+from .gemm_group import group_forward
 
 
 def linear_channel_forward(
@@ -41,16 +44,22 @@ def linear_channel_forward(
         residual: (rows, cols), contiguous, of x's dtype, or None.
         seed: int64 (1,); may be None where threshold is 0.
         save_z: whether z is needed.
-        norm to channel_dropout: as `spec.ChannelEpilogue.channel_codes`, of batch norm;
+        norm to channel_dropout: as `spec.ChannelEpilogue.channel_codes`, of batch or group norm;
             channels_last is true and channel_dropout false.
 
     Returns:
         y (rows, cols) in x's dtype; z = x · weightᵀ + bias, likewise, or (0,) where it is not
         needed; mean and variance as `channel.channel_forward` gives them.
+
+    Raises:
+        ValueError: groups that no tile holds (`gemm_tuning.group_tile` knows which).
     """
     scalars = (norm, groups, channels_last, eps, activation, alpha, beta, threshold)
     rows, cols = x.shape[0], weight.shape[0]
-    z = x.new_empty((1, rows, cols))
-    problem = problem_of(z, None, *scalars, channel_dropout)
+    batch = NORM_NAMES[norm] == "batch"
+    # Samples, positions, channels: batch norm's statistics are of positions.
+    shape = (1, rows, cols) if batch else (rows, 1, cols)
+    problem = problem_of(x.new_empty(()).expand(shape), None, *scalars, channel_dropout)
+    forward = batch_forward if batch else group_forward
     parameters = (norm_weight, norm_bias)
-    return batch_forward(x, weight, bias, parameters, residual, seed, save_z, problem)
+    return forward(x, weight, bias, parameters, residual, seed, save_z, problem)

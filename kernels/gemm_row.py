@@ -142,9 +142,14 @@ def linear_row_forward(
     if name is None:
         plain = gemm_tuning.plain_tile(kind, device.arch)
         if plain is not None and can_describe(x, weight, residual, y):
-            scalars = (ACTIVATION_NAMES[activation], (alpha, beta, threshold), precision)
-            outputs = (z if save_z else None, y)
-            plain_forward(x, weight, bias, residual, seed, *outputs, *scalars, plain, device)
+            plain_forward(
+                *(x, weight, bias, residual, seed, z if save_z else None, y),
+                ACTIVATION_NAMES[activation],
+                (alpha, beta, threshold),
+                precision,
+                plain,
+                device,
+            )
             return y, z, statistics
     tile = gemm_tuning.row_tile(cols, kind, device.arch, device.warp_size)
     if tile is None:

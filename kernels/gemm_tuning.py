@@ -112,6 +112,16 @@ def batch_tile(cols: int, kind: Kind, arch: int, warp_size: int) -> GemmTile:
     return GemmTile(block_m, block_n, _block_k(kind), _stages(kind, arch), warps)
 
 
+def group_tile(width: int, kind: Kind, arch: int, warp_size: int) -> GemmTile | None:
+    """Tile of the kernel with group norm, of groups of `width` columns; None where there is none.
+
+    The group's columns must be a power of two (a row of a tile), and whole calls of Philox.
+    """
+    if width & (width - 1) or not 8 <= width <= 256:
+        return None
+    return row_tile(max(128, width), kind, arch, warp_size)
+
+
 def _block_k(kind: Kind) -> int:
     """128 bytes of a row; without TF32 float32 has no matrix instructions, but registers."""
     return 64 if kind.dtype != torch.float32 else 32 if kind.precision == "tf32" else 16

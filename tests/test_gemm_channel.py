@@ -1,4 +1,4 @@
-"""The same as test_gemm.py for a Linear with batch norm behind it."""
+"""The same as test_gemm.py for a Linear with batch or group norm behind it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fused
 from fused import functional, gemm, ops
+from fused.spec import NORM_CODES
 
 pytestmark = pytest.mark.usefixtures("cpp")
 
@@ -31,10 +32,11 @@ def linear_channel(
     *codes: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = F.linear(x, weight, bias)
-    r = None if residual is None else residual.unsqueeze(0)
+    view = (1, *z.shape) if codes[0] == NORM_CODES["batch"] else (len(z), 1, z.shape[1])
+    r = None if residual is None else residual.view(view)
     parameters = (norm_weight, norm_bias, r, None, seed)
-    y, mean, variance, _ = ops.channel_forward(z.unsqueeze(0), *parameters, *codes)
-    return y[0], z if save_z else z.new_empty(0), mean, variance
+    y, mean, variance, _ = ops.channel_forward(z.view(view), *parameters, *codes)
+    return y.view(z.shape), z if save_z else z.new_empty(0), mean, variance
 
 
 @pytest.fixture
@@ -131,6 +133,24 @@ def test_sequential_of_rows(calls: list[Any]) -> None:
         torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.usefixtures("fused_mode")
+def test_group_norm_by_one_operator(calls: list[Any], p: float, residual: bool) -> None:
+    net = fused.LinearNormAct(
+        40, 64, norm="group", num_groups=4, activation="gelu", dropout=p, dtype=HALF
+    )
+    x = torch.randn(18, 40, dtype=HALF, requires_grad=True)
+    r = torch.randn(18, 64, dtype=HALF, requires_grad=True) if residual else None
+    found, library = both_ways(net, x, r)
+    ((*_, given_r, seed, save_z),) = [args[:8] for args in calls]
+    assert calls[0][8:11] == (NORM_CODES["group"], 4, True)
+    assert (given_r is not None) == residual and (seed is not None) == (p > 0) and save_z
+    assert found.keys() == library.keys()
+    for name, value in library.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+
+
 @pytest.mark.usefixtures("fused_mode")
 def test_without_gradients_z_is_not_kept(calls: list[Any]) -> None:
     net, x = block(), torch.randn(6, 40, dtype=HALF)
@@ -158,9 +178,11 @@ def test_parameters_without_gradients(calls: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("x_needs", [True, False])
+@pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.usefixtures("fused_mode")
-def test_second_derivatives(calls: list[Any], x_needs: bool) -> None:
-    net = fused.LinearNormAct(12, 8, norm="batch", activation="gelu", dropout=0.3)
+def test_second_derivatives(calls: list[Any], norm: str, x_needs: bool) -> None:
+    options: dict[str, Any] = {"num_groups": 2} if norm == "group" else {}
+    net = fused.LinearNormAct(12, 16, norm=norm, activation="gelu", dropout=0.3, **options)
     x = torch.randn(6, 12, requires_grad=x_needs)
 
     def second() -> tuple[Tensor, ...]:
@@ -176,10 +198,11 @@ def test_second_derivatives(calls: list[Any], x_needs: bool) -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(64), nn.GroupNorm(4, 64)], ids=str)
 @pytest.mark.usefixtures("fused_mode")
-def test_compiled(calls: list[Any], backend: str) -> None:
+def test_compiled(calls: list[Any], norm: nn.Module, backend: str) -> None:
     torch._dynamo.reset()
-    net = fused.Sequential(nn.Linear(40, 64), nn.BatchNorm1d(64), nn.ReLU())
+    net = fused.Sequential(nn.Linear(40, 64), norm, nn.ReLU())
     x = torch.randn(6, 40, requires_grad=True)
     eager = gradients(net, x)
     compiled = gradients(torch.compile(net, backend=backend, fullgraph=True, dynamic=True), x)
@@ -202,7 +225,10 @@ def test_what_the_operator_does_not_serve_is_left_to_the_library(calls: list[Any
     assert run(mask=torch.ones(6, 3, dtype=torch.bool)) == 0
     assert run(p=0.5, channel_dropout=True) == 0
     assert run(virtual_batch_size=2) == 0
-    assert run(norm="group", num_groups=2) == 0
+    assert run(norm="group", num_groups=2) == 0  # over positions
+    assert run(x=x[:, 0], norm="group", num_groups=2) == 1
+    assert run(x=x[:, 0], norm="group", num_groups=16) == 0  # of 4 columns
+    assert run(x=x[:, 0], weight=weight[:48], norm="group", num_groups=2) == 0  # of 24
     assert run(norm="instance") == 0
     assert run(running_mean=torch.zeros(64), running_var=torch.ones(64), training=False) == 0
     assert run(weight=torch.randn(60, 40, dtype=HALF)) == 0

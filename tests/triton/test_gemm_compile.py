@@ -32,10 +32,12 @@ BF16 = Case(64, 1024, 256, residual=True)
 FP32 = replace(BF16, dtype=torch.float32)
 WIDTHS = (64, 128, 256, 512)
 BATCH = replace(BF16, norm="batch", cols=1024)
+GROUP = replace(BATCH, norm="group", groups=32)
 EVERYWHERE = [
     *(replace(BF16, cols=cols) for cols in WIDTHS),
     replace(BF16, norm=None, cols=1024),
     BATCH,
+    GROUP,
 ]
 HOPPER = [
     *(replace(BF16, activation=a) for a in (None, "softplus", "elu")),
@@ -45,6 +47,8 @@ HOPPER = [
     replace(BF16, inner=1000, cols=136),
     replace(BATCH, inner=1000, cols=136),
     replace(BATCH, cols=40, bias=False),
+    *(replace(GROUP, groups=groups) for groups in (4, 128)),
+    replace(GROUP, cols=96, groups=3, activation="mish", dtype=torch.float16),
     replace(BF16, norm="rms"),
     replace(BF16, p=0.0, affine=False, bias=False, residual=False),
 ]
@@ -127,8 +131,9 @@ def test_float32(arch: str, cols: int, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 @pytest.mark.parametrize("arch", list(TARGETS)[:4])
-def test_batch_norm_of_float32(arch: str, precision: str) -> None:
-    launch = launch_of(replace(BATCH, dtype=torch.float32), arch, precision)
+@pytest.mark.parametrize("case", [BATCH, GROUP], ids=str)
+def test_channel_norms_of_float32(case: Case, arch: str, precision: str) -> None:
+    launch = launch_of(replace(case, dtype=torch.float32), arch, precision)
     check(launch, arch, matrix=precision == "tf32")
 
 
@@ -176,6 +181,9 @@ def test_widths_without_a_tile() -> None:
     assert tile(512) is not None and tile(513) is None
     assert tile(256, torch.float32) is not None and tile(257, torch.float32) is None
     assert tile(257, arch=100) is None
+    kind = gemm_tuning.Kind("group", torch.bfloat16, "ieee", True)
+    widths = [w for w in range(1, 600) if gemm_tuning.group_tile(w, kind, 90, 32)]
+    assert widths == [8, 16, 32, 64, 128, 256]
 
 
 def test_z_is_written_before_it_is_read() -> None:
@@ -191,7 +199,7 @@ def test_z_is_written_before_it_is_read() -> None:
     assert order[stored : order.index("bar.sync", stored)].count("st.global.v4") == 8
 
 
-@pytest.mark.parametrize("case", [BF16, BATCH, PLAIN], ids=str)
+@pytest.mark.parametrize("case", [BF16, BATCH, GROUP, PLAIN], ids=str)
 def test_batch_size_does_not_recompile(case: Case) -> None:
     def key(rows: int) -> dict[str, object]:
         launch = launch_of(replace(case, rows=rows), "sm_90")

@@ -35,12 +35,12 @@ pytestmark = [
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NORMS = ("layer", "rms", None)
-EVERY_NORM = (*NORMS, "batch")
+EVERY_NORM = (*NORMS, "batch", "group")
 
 
 @pytest.mark.parametrize("case", matrix_of_cases(EVERY_NORM), ids=str)
 def test_every_norm_activation_dtype(case: Case) -> None:
-    cols = (64, 200, 256)[case.cols % 3]
+    cols = (64, 256 if case.norm == "group" else 200, 256)[case.cols % 3]
     check(replace(case, rows=301, inner=case.inner * 8, cols=cols), device="cuda")
 
 
@@ -51,16 +51,22 @@ def test_every_norm_activation_dtype(case: Case) -> None:
 def test_shapes(norm: str | None, dtype: torch.dtype, cols: int, rows: int, inner: int) -> None:
     if norm == "batch" and rows == 1:
         pytest.skip("one element has no spread")
+    if norm == "group":
+        inner, cols = max(inner, 64), max(16, cols // 16 * 16)
+        check(Case(rows, inner, cols, dtype, norm, groups=cols // 8), device="cuda")
+    if norm == "group" and cols & (cols - 1):
+        return  # two groups of no power of two
     check(Case(rows, inner, cols, dtype, norm, residual=True), device="cuda")
 
 
-@pytest.mark.parametrize("cols", [512, 344])
+@pytest.mark.parametrize("cols", [512, 320])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("norm", EVERY_NORM)
 def test_wide_rows(norm: str | None, dtype: torch.dtype, cols: int) -> None:
     if norm in ("layer", "rms") and torch.cuda.get_device_capability()[0] in (10, 11):
         pytest.skip("gemm_tuning.py has no tile for this GPU")
-    check(Case(2049, 768, cols, dtype, norm, gap=8), device="cuda")
+    groups = 10 if cols == 320 else 2
+    check(Case(2049, 768, cols, dtype, norm, gap=8, groups=groups), device="cuda")
 
 
 @pytest.mark.parametrize("cols", [64, 256, 1000])
@@ -137,15 +143,35 @@ def test_statistics_of_batch_norm() -> None:
     torch.testing.assert_close(variance[0].double(), exact, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("groups", [1, 4, 32])
+@pytest.mark.parametrize("save_z", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_epilogue_of_groups_is_that_of_the_channel_kernels(
+    dtype: torch.dtype, save_z: bool, groups: int
+) -> None:
+    case = Case(70_000, 128, 256, dtype, "group", p=0.5, groups=groups)
+    x = make_inputs(case, "cuda")
+    z = ops.linear_channel_forward(*forward_arguments(case, x))[1]
+    y, _, mean, variance = ops.linear_channel_forward(*forward_arguments(case, x, save_z))
+    codes = case.channel_epilogue.channel_codes
+    given = (z.view(case.view), x.norm_weight, x.norm_bias, None, None, x.seed, *codes)
+    expected = ops.channel_forward(*given)
+    torch.testing.assert_close(mean, expected[1])
+    torch.testing.assert_close(variance, expected[2])
+    torch.testing.assert_close(y.view(case.view), expected[0])
+    assert (y[~keep_mask(*z.shape, case.epilogue.threshold, x.seed)] == 0).all()
+
+
 @pytest.mark.parametrize("norm", EVERY_NORM)
 def test_same_bits_twice_and_for_any_batch(norm: str | None) -> None:
-    case = Case(5000, 256, 200, norm=norm)
+    case = Case(5000, 256, 256, norm=norm)
     x = make_inputs(case, "cuda")
     first, second = run(case, x), run(case, x)
     assert all(torch.equal(first[name], second[name]) for name in first)
     if norm == "batch":
         return
-    y = ops.linear_row_forward(*forward_arguments(case, replace(x, x=x.x[:3])))[0]
+    operator = ops.linear_channel_forward if case.is_channel else ops.linear_row_forward
+    y = operator(*forward_arguments(case, replace(x, x=x.x[:3])))[0]
     assert torch.equal(first["y"][:3], y)
 
 

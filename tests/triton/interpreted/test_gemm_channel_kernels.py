@@ -1,4 +1,4 @@
-"""Linear with batch norm behind it in two kernels, against float64, in the interpreter."""
+"""Linear with batch or group norm behind it, against float64, in the interpreter."""
 
 from __future__ import annotations
 
@@ -116,9 +116,10 @@ def test_every_byte_moves_once_and_z_twice() -> None:
     assert merge.loaded["partial_ptr"] <= 6 * 3 * 64 * 4
 
 
-def test_rows_beyond_2_to_the_31_elements() -> None:
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_rows_beyond_2_to_the_31_elements(norm: str) -> None:
     # Virtual memory only: the pages between the rows are never touched.
-    case = Case(3, 64, 64, norm="batch")
+    case = Case(3, 64, 64, norm=norm)
     x = make_inputs(case)
     stride = 2**30 + 8
     wide = torch.empty(3 * stride, dtype=x.x.dtype).as_strided((3, 64), (stride, 1)).copy_(x.x)
@@ -128,8 +129,9 @@ def test_rows_beyond_2_to_the_31_elements() -> None:
 
 
 @pytest.mark.parametrize("save_z", [True, False])
-def test_fake_kernel_foretells_shapes_and_dtypes(save_z: bool) -> None:
-    case = Case(5, 16, 24, norm="batch")
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_fake_kernel_foretells_shapes_and_dtypes(norm: str, save_z: bool) -> None:
+    case = Case(5, 16, 32, norm=norm)
     arguments = forward_arguments(case, make_inputs(case), save_z)
     real = ops.linear_channel_forward(*arguments)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -138,9 +140,62 @@ def test_fake_kernel_foretells_shapes_and_dtypes(save_z: bool) -> None:
         assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
 
 
+GROUP_CASES = [
+    replace(case, cols=(64, 192, 32)[i % 3], groups=(8, 3, 4)[i % 3], rows=9)
+    for i, case in enumerate(matrix_of_cases(("group",)))
+]
+
+
+@pytest.mark.parametrize("case", GROUP_CASES, ids=str)
+def test_groups_with_every_activation_dtype(case: Case) -> None:
+    with launches() as log:
+        check(case)
+    assert [launch.kernel for launch in log] == ["_gemm_group_kernel"]
+
+
+@pytest.mark.parametrize("width, groups", [(8, 1), (8, 40), (64, 3), (128, 2), (256, 2)])
+@EVERY_DTYPE
+def test_groups_off_the_tile(dtype: torch.dtype, width: int, groups: int) -> None:
+    check(Case(35, 24, width * groups, dtype, "group", groups=groups, residual=True))
+
+
+@pytest.mark.parametrize("save_z", [True, False])
+@pytest.mark.parametrize("width, groups", [(8, 20), (32, 5), (256, 1)])
+@EVERY_DTYPE
+def test_the_epilogue_of_groups_is_that_of_the_channel_kernels(
+    dtype: torch.dtype, width: int, groups: int, save_z: bool
+) -> None:
+    """The same mask, and the same values but for the order of sums."""
+    case = Case(40, 24, width * groups, dtype, "group", p=0.5, groups=groups)
+    x = make_inputs(case)
+    z = linear_channel_forward(*forward_arguments(case, x))[1]
+    with launches() as log:
+        y, _, mean, variance = linear_channel_forward(*forward_arguments(case, x, save_z))
+    codes = case.channel_epilogue.channel_codes
+    given = (z.view(case.view), x.norm_weight, x.norm_bias, None, None, x.seed, *codes)
+    expected = ops.channel_forward(*given)
+    torch.testing.assert_close(mean, expected[1])
+    torch.testing.assert_close(variance, expected[2])
+    torch.testing.assert_close(y.view(case.view), expected[0])
+    keep = keep_mask(*z.shape, case.epilogue.threshold, x.seed)
+    assert (y[~keep] == 0).all()
+    size = z.nbytes
+    assert (log[0].stored["z_ptr"], log[0].stored["y_ptr"]) == (
+        (size, size) if save_z else (0, 2 * size)
+    )
+
+
+def test_constant_groups_have_no_variance() -> None:
+    case = Case(5, 64, 64, torch.float32, "group", p=0.0, bias=False)
+    x = replace(make_inputs(case), x=torch.full((5, 64), 3.7), weight=torch.eye(64))
+    _, _, mean, variance = linear_channel_forward(*forward_arguments(case, x))
+    assert (variance == 0).all() and (mean == x.x[0, 0]).all()
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.usefixtures("small_tiles")
-def test_same_bits_twice() -> None:
-    case = Case(70, 24, 72, norm="batch")
+def test_same_bits_twice(norm: str) -> None:
+    case = Case(70, 24, 64, norm=norm)
     x = make_inputs(case)
     first, second = run(case, x), run(case, x)
     assert all(torch.equal(first[name], second[name]) for name in first)
