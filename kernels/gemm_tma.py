@@ -30,7 +30,7 @@ def write_part(
     residual_desc,
     z_desc,
     y_desc,
-    seed,
+    seed_ptr,
     row0,  # int64
     col0,
     cols,
@@ -51,8 +51,9 @@ def write_part(
         z_desc.store(place, z)
     h = z.to(tl.float32)
     y = activate(h, tl.cast(alpha, tl.float32), tl.cast(beta, tl.float32), ACTIVATION, PTX)
-    if seed is not None:
+    if seed_ptr is not None:
         row = row0 + tl.arange(0, BLOCK_M)
+        seed = tl.load(seed_ptr)
         y *= dropout_multiplier(seed, row, col0, cols, threshold, PER_THREAD, BLOCK_M, BLOCK_N)
     if residual_desc is not None:
         y += residual_desc.load(place).to(tl.float32)
@@ -90,13 +91,12 @@ def _gemm_tma_kernel(
         x = x_desc.load([row0.to(tl.int32), k0])
         weight = weight_desc.load([col0, k0])
         z = tl.dot(x, weight.T, z, input_precision=PRECISION)
-    seed = tl.load(seed_ptr) if seed_ptr is not None else None
     left, right = halves(z)
     for half in tl.static_range(2):
         z0, z1 = halves(left if half == 0 else right)
         for quarter in tl.static_range(2):
             write_part(
-                *(z0 if quarter == 0 else z1, bias_ptr, residual_desc, z_desc, y_desc, seed),
+                *(z0 if quarter == 0 else z1, bias_ptr, residual_desc, z_desc, y_desc, seed_ptr),
                 *(row0, col0 + (2 * half + quarter) * (BLOCK_N // 4), cols),
                 *(alpha, beta, threshold, ACTIVATION, PTX, PER_THREAD),
             )
