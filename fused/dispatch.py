@@ -155,7 +155,7 @@ def apply_linear_row(
     codes: Codes,
 ) -> Tensor:
     """`run_linear_row` by the operator, where that is known to serve; needs the seed."""
-    if gemm.enabled and gemm.serves_row(x, weight, codes[0], codes[5] > 0):
+    if gemm.enabled and gemm.serves_row(x, weight, codes[0]):
         others = (bias, norm_weight, norm_bias, residual)
         # Frozen weights stay torch's: with them nn.Linear does not keep x.
         if weight.requires_grad or not needs_gradient(x, *others):

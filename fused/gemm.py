@@ -14,7 +14,6 @@ nothing, so that a change of it compiles nothing.
 from __future__ import annotations
 
 import os
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -42,51 +41,35 @@ mode = checked_mode(os.environ.get("FUSED_GEMM") or "auto")
 enabled = mode == "fused" or (mode == "auto" and bool(gemm_tuning.RULES))
 
 
-def serves_row(x: Tensor, weight: Tensor, norm: int, dropout: bool) -> bool:
+def serves_row(x: Tensor, weight: Tensor, norm: int) -> bool:
     """Whether `ops.linear_row_forward` runs a chain with this norm (a code of spec.py).
 
     Args:
         x: (rows, inner).
         weight: (cols, inner).
-        dropout: whether the chain drops anything.
     """
     if not _is_readable(x, weight):
         return False
-    cols, inner = weight.shape
-    decide = _decide_row.__wrapped__ if torch.compiler.is_dynamo_compiling() else _decide_row
-    return decide(cols, inner, x.dtype, _precision(x.dtype), norm, dropout, _device(x.get_device()))
+    kind, device = Kind(NORM_NAMES[norm], x.dtype, _precision(x.dtype)), _device(x.get_device())
+    tile = gemm_tuning.row_tile(weight.shape[0], kind, *device)
+    return tile is not None and _is_faster(weight, kind, device)
 
 
-def serves_channel(x: Tensor, weight: Tensor, norm: int, groups: int, dropout: bool) -> bool:
+def serves_channel(x: Tensor, weight: Tensor, norm: int, groups: int) -> bool:
     """Whether `ops.linear_channel_forward` runs a chain with batch or group norm."""
     if not _is_readable(x, weight):
         return False
-    kind = Kind(NORM_NAMES[norm], x.dtype, _precision(x.dtype), dropout)
-    (cols, inner), device = weight.shape, _device(x.get_device())
-    if kind.norm == "group" and not gemm_tuning.group_tile(cols // groups, kind, *device):
-        return False
-    return _is_faster(cols, inner, kind, device)
+    kind, device = Kind(NORM_NAMES[norm], x.dtype, _precision(x.dtype)), _device(x.get_device())
+    if kind.norm == "group":
+        tile = gemm_tuning.group_tile(weight.shape[0] // groups, kind, *device)
+        if tile is None:
+            return False
+    return _is_faster(weight, kind, device)
 
 
-@lru_cache(maxsize=4096)
-def _decide_row(
-    cols: int,
-    inner: int,
-    dtype: torch.dtype,
-    precision: str,
-    norm: int,
-    dropout: bool,
-    device: tuple[int, int],
-) -> bool:
-    kind = Kind(NORM_NAMES[norm], dtype, precision, dropout)
-    return gemm_tuning.row_tile(cols, kind, *device) is not None and _is_faster(
-        cols, inner, kind, device
-    )
-
-
-def _is_faster(cols: int, inner: int, kind: Kind, device: tuple[int, int]) -> bool:
+def _is_faster(weight: Tensor, kind: Kind, device: tuple[int, int]) -> bool:
     """Whether a kernel is to be used where there is one."""
-    return mode == "fused" or gemm_tuning.is_faster(cols, inner, kind, device[0])
+    return mode == "fused" or gemm_tuning.is_faster(*weight.shape, kind, device[0])
 
 
 def _is_readable(x: Tensor, weight: Tensor) -> bool:

@@ -45,7 +45,7 @@ def serves_linear_channel(
     # Frozen weights stay torch's: with them nn.Linear does not keep x.
     if not weight.requires_grad and needs_gradient(x, bias, norm.weight, norm.bias, residual):
         return False
-    return gemm.serves_channel(_rows(x), weight, codes[0], norm.groups, codes[5] > 0)
+    return gemm.serves_channel(_rows(x), weight, codes[0], norm.groups)
 
 
 def _rows(x: Tensor) -> Tensor:

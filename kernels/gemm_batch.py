@@ -95,7 +95,7 @@ def batch_forward(
     (rows, inner), cols = x.shape, weight.shape[0]
     device = tuning.device(x)
     precision = gemm_tuning.precision(x.dtype)
-    kind = gemm_tuning.Kind("batch", x.dtype, precision, bool(problem.threshold))
+    kind = gemm_tuning.Kind("batch", x.dtype, precision)
     tile = gemm_tuning.batch_tile(cols, kind, device.arch, device.warp_size)
     row_blocks = triton.cdiv(rows, tile.block_m)
     z = x.new_empty((rows, cols))

@@ -162,7 +162,7 @@ def group_forward(
     (rows, inner), cols = x.shape, weight.shape[0]
     device = tuning.device(x)
     precision = gemm_tuning.precision(x.dtype)
-    kind = gemm_tuning.Kind("group", x.dtype, precision, bool(problem.threshold))
+    kind = gemm_tuning.Kind("group", x.dtype, precision)
     tile = gemm_tuning.group_tile(problem.width, kind, device.arch, device.warp_size)
     if tile is None:
         raise ValueError(f"linear_channel_forward: no tile for groups of {problem.width} columns")

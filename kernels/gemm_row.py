@@ -137,7 +137,7 @@ def linear_row_forward(
         return y, z, statistics
     device = tuning.device(x)
     precision = gemm_tuning.precision(x.dtype)
-    kind = gemm_tuning.Kind(name, x.dtype, precision, bool(threshold))
+    kind = gemm_tuning.Kind(name, x.dtype, precision)
     seed = seed if threshold else None
     if name is None:
         plain = gemm_tuning.plain_tile(kind, device.arch)

@@ -17,7 +17,6 @@ class Kind(NamedTuple):
     norm: str | None
     dtype: torch.dtype
     precision: str  # of float32 products: "ieee" or "tf32"; "ieee" for other dtypes
-    dropout: bool
 
 
 class GemmTile(NamedTuple):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import fused
 from fused import dispatch, gemm, ops
+from fused.spec import NORM_CODES
 
 pytestmark = pytest.mark.usefixtures("cpp")
 
@@ -55,10 +56,8 @@ def calls() -> Iterator[list[tuple[Any, ...]]]:
 
     library = torch.library.Library("fused_lnad", "IMPL")
     library.impl("linear_row_forward", record, "CPU")
-    gemm._decide_row.cache_clear()
     with mock.patch.multiple(gemm, _is_on_gpu=lambda x: True, _device=lambda index: H100):
         yield made
-    gemm._decide_row.cache_clear()
     library._destroy()
 
 
@@ -265,9 +264,8 @@ def test_compiled(calls: list[Any], backend: str) -> None:
         torch.testing.assert_close(compiled[name], value, msg=name)
 
 
-def served(x: Tensor, weight: Tensor, norm: str | None = "layer", p: float = 0.1) -> bool:
-    codes = dispatch.make_codes(norm, 1e-5, "gelu", p)
-    return gemm.serves_row(x, weight, codes[0], codes[5] > 0)
+def served(x: Tensor, weight: Tensor, norm: str | None = "layer") -> bool:
+    return gemm.serves_row(x, weight, NORM_CODES[norm])
 
 
 @pytest.mark.usefixtures("calls", "fused_mode")

@@ -110,10 +110,8 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
 @contextmanager
 def fused_gemm() -> Iterator[None]:
     """As with FUSED_GEMM=fused."""
-    gemm._decide_row.cache_clear()
     with mock.patch.multiple(gemm, mode="fused", enabled=True):
         yield
-    gemm._decide_row.cache_clear()
 
 
 def forward_arguments(case: Case, x: Inputs, save_z: bool = True) -> tuple[object, ...]:

@@ -186,12 +186,12 @@ def test_two_programs_by_descriptors_fit_an_sm() -> None:
 
 def test_widths_without_a_tile() -> None:
     def tile(cols: int, dtype: torch.dtype = torch.bfloat16, arch: int = 90) -> object:
-        return gemm_tuning.row_tile(cols, gemm_tuning.Kind("layer", dtype, "ieee", True), arch, 32)
+        return gemm_tuning.row_tile(cols, gemm_tuning.Kind("layer", dtype, "ieee"), arch, 32)
 
     assert tile(512) is not None and tile(513) is None
     assert tile(256, torch.float32) is not None and tile(257, torch.float32) is None
     assert tile(257, arch=100) is None
-    kind = gemm_tuning.Kind("group", torch.bfloat16, "ieee", True)
+    kind = gemm_tuning.Kind("group", torch.bfloat16, "ieee")
     widths = [w for w in range(1, 600) if gemm_tuning.group_tile(w, kind, 90, 32)]
     assert widths == [8, 16, 32, 64, 128, 256]
 
