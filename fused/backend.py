@@ -27,6 +27,7 @@ import torch
 
 from . import cuda_library
 from . import ops as _ops
+from .launchers import TRITON, Launchers
 
 BACKENDS = ("auto", "triton", "cuda", "cpp", "reference")
 _DTYPES = {
@@ -106,7 +107,7 @@ def poison_outputs(on: bool) -> None:
         _extension.fused_poison_outputs(int(on))
 
 
-def _first_kernel(launchers: _ops.Launchers) -> str:
+def _first_kernel(launchers: Launchers) -> str:
     """What goes wrong with a first kernel on a real tensor, or the empty string."""
     try:
         z = torch.zeros(1, 16, device="cuda")
@@ -126,7 +127,7 @@ def _gpu_reason(backend: str) -> str:
     if backend == "triton":
         if find_spec("triton") is None:
             return "triton is not installed; run 'pip install triton'"
-        failed, remedy = _first_kernel(_ops.TRITON), "check the driver and the C compiler"
+        failed, remedy = _first_kernel(TRITON), "check the driver and the C compiler"
     else:
         library, reason = cuda_library.load()
         if library is None:
@@ -137,7 +138,7 @@ def _gpu_reason(backend: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _cuda_cpp() -> _ops.Launchers:
+def _cuda_cpp() -> Launchers:
     """The launchers of the CUDA C++ kernels, imported at the first use."""
     from . import cuda_channel, cuda_channel_backward, cuda_row
 
@@ -206,10 +207,10 @@ def choose(device_type: str, dtype: torch.dtype) -> str:
 
 
 # (request, dtype) → launchers.
-_cuda_launchers: dict[tuple[str, torch.dtype], _ops.Launchers] = {}
+_cuda_launchers: dict[tuple[str, torch.dtype], Launchers] = {}
 
 
-def cuda_launchers(dtype: torch.dtype) -> _ops.Launchers:
+def cuda_launchers(dtype: torch.dtype) -> Launchers:
     """The launchers of the operators for CUDA tensors of this dtype, by what is asked for here.
 
     Raises:
@@ -222,13 +223,13 @@ def cuda_launchers(dtype: torch.dtype) -> _ops.Launchers:
     return found
 
 
-def _find_launchers(name: str, dtype: torch.dtype) -> _ops.Launchers:
+def _find_launchers(name: str, dtype: torch.dtype) -> Launchers:
     # Whoever calls an operator has chosen it: backward of what forward did under another request
     # does, and then "reference" is no answer.
     for asked in (name, "auto"):
         for backend, why in _reasons(asked, "cuda", dtype).items():
             if not why and backend in ("triton", "cuda"):
-                return _ops.TRITON if backend == "triton" else _cuda_cpp()
+                return TRITON if backend == "triton" else _cuda_cpp()
     why = "; ".join(f"{b}: {reason}" for b, reason in _reasons("auto", "cuda", dtype).items())
     raise RuntimeError(f"fused: no kernel serves cuda {str(dtype).removeprefix('torch.')} ({why})")
 

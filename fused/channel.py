@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, reference, synchronize
+from . import gemm, linear_channel, ops, reference, synchronize
 from .autograd import ChannelCodes, ChannelFunction, Codes, channel_epilogue_of
 from .checks import few_values
 from .dispatch import (
@@ -101,6 +101,9 @@ def run_linear_channel(
     **options: Any,
 ) -> Tensor:
     """`run_channel` of x · weightᵀ + bias; channel_dim is that of the product."""
+    given = (channel_dim, norm, codes, options)
+    if gemm.enabled and linear_channel.serves_linear_channel(x, weight, bias, *given):
+        return linear_channel.run_linear_channel(x, weight, bias, norm, codes, **options)
     # The gradient of the bias comes with the others, unless the sum over processes, the parts of a
     # batch or the other channels of a group are in it.
     own = (

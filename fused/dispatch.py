@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, reference, small
+from . import gemm, ops, reference, small
 from .autograd import Codes, RowFunction, contiguous_rows, epilogue_of
 from .backend import choose
+from .linear import LinearRowFunction
 from .random import draw_seed
 from .spec import ACTIVATION_CODES, make_epilogue
 
@@ -154,6 +155,11 @@ def apply_linear_row(
     codes: Codes,
 ) -> Tensor:
     """`run_linear_row` by the operator, where that is known to serve; needs the seed."""
+    if gemm.enabled and gemm.serves_row(x, weight, codes[0]):
+        others = (bias, norm_weight, norm_bias, residual)
+        # Frozen weights stay torch's: with them nn.Linear does not keep x.
+        if weight.requires_grad or not needs_gradient(x, *others):
+            return _apply_linear_row(x, weight, *others, seed, codes)
     elements = x.shape[0] * weight.shape[0]
     if needs_gradient(weight, x, bias, norm_weight, norm_bias, residual):
         if not is_compiling() and small.is_small(elements, x, codes):
@@ -178,6 +184,27 @@ def apply_linear_row(
         residual = contiguous_rows(residual)
     ops.row_forward_(z, None, norm_weight, norm_bias, residual, seed, *codes)
     return z
+
+
+def _apply_linear_row(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    codes: Codes,
+) -> Tensor:
+    """The same as one operator from x on, where gemm.py says that there is one."""
+    if residual is not None:
+        residual = contiguous_rows(residual)
+        if residual is x:  # the compiler takes no tensor twice
+            residual = residual.view_as(residual)
+    inputs = (x, weight, bias, norm_weight, norm_bias, residual, seed)
+    if needs_gradient(*inputs):
+        return LinearRowFunction.apply(*inputs, codes)
+    return ops.linear_row_forward(*inputs, False, *codes)[0]
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

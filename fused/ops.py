@@ -7,13 +7,13 @@ csrc/channel.cpp). The operators are opaque to torch.compile and know nothing of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .launchers import CHANNEL_LAUNCHERS, TRITON, Launchers, triton_linear
 from .spec import NORM_NAMES
 
 # Which sums over the rows `row_backward` makes.
@@ -38,6 +38,13 @@ _library.define(
 _library.define(
     f"row_backward(Tensor dy, Tensor z, {_PARAMETERS}, Tensor statistics, Tensor? seed, int wanted,"
     f" {_SCALARS}) -> (Tensor dz, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dbias)"
+)
+
+# The same from a Linear's input on, z = x · weightᵀ + bias, for CUDA tensors alone and where
+# gemm.py has a kernel for it. z comes back empty, (0,), unless save_z.
+_library.define(
+    f"linear_row_forward(Tensor x, Tensor weight, {_PARAMETERS}, Tensor? residual, Tensor? seed,"
+    f" bool save_z, {_SCALARS}) -> (Tensor y, Tensor z, Tensor statistics)"
 )
 
 # The channel operators take contiguous z: (samples, channels, positions), or with channels_last
@@ -86,6 +93,12 @@ _library.define(
     "channel_gradient(Tensor dy, Tensor z, Tensor mean, Tensor variance, Tensor sums, Tensor count,"
     f" {_CHANNEL_PARAMETERS}, Tensor? mask, Tensor? seed, {_CHANNEL_SCALARS}) -> Tensor dz"
 )
+# From a Linear's input on, as linear_row_forward; channels_last alone, without mask.
+_library.define(
+    f"linear_channel_forward(Tensor x, Tensor weight, {_PARAMETERS}, Tensor? residual,"
+    f" Tensor? seed, bool save_z, {_CHANNEL_SCALARS})"
+    " -> (Tensor y, Tensor z, Tensor mean, Tensor variance)"
+)
 
 
 def _statistics_dtype(z: Tensor) -> torch.dtype:
@@ -96,6 +109,23 @@ def _statistics_dtype(z: Tensor) -> torch.dtype:
 def _(z, bias, norm_weight, norm_bias, residual, seed, norm, eps, activation, alpha, beta, t):
     planes = STATISTICS_OF[norm]
     return z.new_empty(z.shape), z.new_empty((planes, z.shape[0]), dtype=_statistics_dtype(z))
+
+
+def _empty_outputs(x: Tensor, weight: Tensor, save_z: bool) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if save_z else (0,))
+
+
+@torch.library.register_fake("fused_lnad::linear_row_forward")
+def _(x, weight, bias, norm_weight, norm_bias, residual, seed, save_z, norm, *scalars):
+    statistics = x.new_empty((STATISTICS_OF[norm], x.shape[0]), dtype=torch.float32)
+    return *_empty_outputs(x, weight, save_z), statistics
+
+
+@torch.library.register_fake("fused_lnad::linear_channel_forward")
+def _(x, weight, bias, norm_weight, norm_bias, residual, seed, save_z, norm, groups, *scalars):
+    mean, variance, _count = _empty_statistics(x, None, norm, groups)
+    return *_empty_outputs(x, weight, save_z), mean, variance
 
 
 @torch.library.register_fake("fused_lnad::row_forward_")
@@ -192,55 +222,10 @@ def _(dy, z, *rest):
     return z.new_empty(z.shape)
 
 
-# ---- Triton's launchers; kernels/ is imported at the first call, not at import ----
-
-
-def _triton_row_forward(z: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    from .kernels.row import row_forward
-
-    return row_forward(z, *args)
-
-
-def _triton_row_forward_(z: Tensor, *args: Any) -> None:
-    from .kernels.row import row_forward
-
-    row_forward(z, *args, out=z)
-
-
-def _triton_row_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from .kernels.row_backward import row_backward
-
-    return row_backward(dy, *args)
-
-
-def _triton_channel(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        return getattr(import_module(".kernels.channel", __package__), name)(*args)
-
-    return call
-
-
-def _triton_channel_apply_(z: Tensor, *args: Any) -> None:
-    from .kernels.channel import channel_apply
-
-    channel_apply(z, *args, out=z)
-
-
-# Those whose launcher in kernels/channel.py has the operator's name and arguments.
-CHANNEL_LAUNCHERS = tuple(
-    f"channel_{name}" for name in ("statistics", "forward", "apply", "backward", "sums", "gradient")
-)
-Launchers = Mapping[str, Callable[..., Any]]
-TRITON: Launchers = {
-    "row_forward": _triton_row_forward,
-    "row_forward_": _triton_row_forward_,
-    "row_backward": _triton_row_backward,
-    "channel_apply_": _triton_channel_apply_,
-    **{name: _triton_channel(name) for name in CHANNEL_LAUNCHERS},
-}
-OPERATORS = ("row_forward", "row_forward_", "row_backward", *CHANNEL_LAUNCHERS, "channel_apply_")
-
 # ---- CUDA tensors ----
+
+
+OPERATORS = ("row_forward", "row_forward_", "row_backward", *CHANNEL_LAUNCHERS, "channel_apply_")
 
 
 def _triton_alone(dtype: torch.dtype) -> Launchers:
@@ -261,15 +246,22 @@ def _for_cuda(name: str) -> Callable[..., Any]:
 
 for _name in OPERATORS:
     _library.impl(_name, _for_cuda(_name), "CUDA")
+for _name in ("row", "channel"):  # by Triton alone; gemm.py asks for them where it serves
+    _library.impl(f"linear_{_name}_forward", triton_linear(_name), "CUDA")
+
+# Those without a C++ implementation.
+GPU_OPERATORS = ("linear_row_forward", "linear_channel_forward")
 
 # Differentiation is autograd.py's; without this, torch's fallback for operators that have none
 # would look through the arguments at every call.
-for _name in OPERATORS:
+for _name in OPERATORS + GPU_OPERATORS:
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 row_forward = torch.ops.fused_lnad.row_forward.default
 row_forward_ = torch.ops.fused_lnad.row_forward_.default
 row_backward = torch.ops.fused_lnad.row_backward.default
+linear_row_forward = torch.ops.fused_lnad.linear_row_forward.default
+linear_channel_forward = torch.ops.fused_lnad.linear_channel_forward.default
 channel_statistics = torch.ops.fused_lnad.channel_statistics.default
 channel_forward = torch.ops.fused_lnad.channel_forward.default
 channel_apply = torch.ops.fused_lnad.channel_apply.default

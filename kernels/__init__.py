@@ -2,8 +2,11 @@
 
 One direction only:
 
-    row.py, row_backward.py → row_sums.py, column_sum.py → activation.py, norm.py, dropout.py
-    → elementary.py, tile.py, tuning.py → ..spec
+    row.py, row_backward.py → row_sums.py, column_sum.py, row_epilogue.py
+    → activation.py, norm.py, dropout.py → elementary.py, tile.py, tuning.py → ..spec
+
+    gemm_row.py → gemm_tma.py → gemm_tile.py, gemm_tuning.py → row_epilogue.py and what it uses
+    gemm_channel.py → gemm_batch.py → gemm_tile.py, gemm_tuning.py → the channel kernels
 
     channel.py → channel_backward.py → channel_held.py, channel_loop.py (and their …_backward.py),
     channel_statistics.py, channel_apply.py, channel_gradient.py → channel_epilogue.py

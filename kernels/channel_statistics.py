@@ -176,6 +176,37 @@ def empty_statistics(
     return mean, variance, count
 
 
+def merge_chunks(
+    partial: Tensor,
+    count: Tensor,
+    statistics: tuple[Tensor, Tensor, Tensor | None],
+    groups: int,
+    device: tuning.Device,
+) -> None:
+    """The second stage: writes mean, variance and, where there is one, the number of elements.
+
+    Args:
+        partial: (3, segments, chunks, channels), as `_channel_moments_kernel` writes it.
+        count: (segments, chunks).
+        statistics: (segments, groups) twice, and (segments,).
+    """
+    _, segments, chunks, channels = partial.shape
+    width = channels // groups
+    tile = channel_tuning.merge_tile(width, device)
+    _channel_finish_kernel[(segments * triton.cdiv(groups, tile.block_m),)](
+        partial,
+        count,
+        *statistics,
+        channels,
+        groups,
+        chunks,
+        WIDTH=width,
+        BLOCK_G=tile.block_m,
+        BLOCK_E=tile.block_n,
+        num_warps=tile.num_warps,
+    )
+
+
 def split_statistics(
     z: Tensor, mask: Tensor | None, problem: Problem
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,19 +235,6 @@ def split_statistics(
             RUN=tile.run,
             num_warps=tile.num_warps,
         )
-        merge = channel_tuning.merge_tile(problem.width, device)
-        _channel_finish_kernel[(walk.segments * triton.cdiv(problem.groups, merge.block_m),)](
-            partial,
-            count,
-            mean,
-            variance,
-            None if mask is None else present,
-            walk.channels,
-            problem.groups,
-            chunks,
-            WIDTH=problem.width,
-            BLOCK_G=merge.block_m,
-            BLOCK_E=merge.block_n,
-            num_warps=merge.num_warps,
-        )
+        statistics = (mean, variance, None if mask is None else present)
+        merge_chunks(partial, count, statistics, problem.groups, device)
     return mean, variance, present

@@ -61,11 +61,12 @@ INTERPRETER_PROGRAMS = 2
 
 def device(z: Tensor) -> Device:
     """The device of a tensor."""
-    return _gpu(z.get_device()) if z.is_cuda else INTERPRETER
+    return gpu(z.get_device()) if z.is_cuda else INTERPRETER
 
 
 @cache
-def _gpu(index: int) -> Device:
+def gpu(index: int) -> Device:
+    """The GPU of this number."""
     properties = torch.cuda.get_device_properties(index)
     plain = torch.version.hip is not None or triton.knobs.runtime.interpret
     arch = 0 if plain else properties.major * 10 + properties.minor

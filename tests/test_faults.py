@@ -168,7 +168,7 @@ zeros = torch.zeros
 torch.zeros = lambda *args, device=None, **kwargs: zeros(*args, **kwargs)
 torch.cuda.is_available = lambda: True
 while FAILURES:
-    backend._triton_reason.cache_clear()
+    backend._gpu_reason.cache_clear()
     print(backend.why_not("triton", "cuda", torch.float32))
     FAILURES.pop(0)
 """

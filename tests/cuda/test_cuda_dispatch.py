@@ -13,7 +13,7 @@ from cases import make_epilogue, make_inputs
 from emulated import LAUNCHERS
 
 import fused
-from fused import autograd, backend, cuda_library, cuda_row, ops
+from fused import autograd, backend, cuda_library, cuda_row, launchers, ops
 
 FLOAT, DOUBLE = torch.float32, torch.float64
 
@@ -47,14 +47,14 @@ def test_chosen_where_triton_does_not_serve(reasons: dict[str, str]) -> None:
 
 
 def test_operators_take_the_launchers_of_the_backend(reasons: dict[str, str]) -> None:
-    assert backend.cuda_launchers(FLOAT) is ops.TRITON
+    assert backend.cuda_launchers(FLOAT) is launchers.TRITON
     own = backend.cuda_launchers(DOUBLE)
-    assert set(own) == set(ops.OPERATORS) == set(ops.TRITON)
+    assert set(own) == set(ops.OPERATORS) == set(launchers.TRITON)
     assert own["row_forward"] is cuda_row.row_forward
     with fused.use_backend("cuda"):
         assert backend.cuda_launchers(FLOAT) is own
     with fused.use_backend("reference"):  # whoever calls an operator has chosen it before
-        assert backend.cuda_launchers(FLOAT) is ops.TRITON
+        assert backend.cuda_launchers(FLOAT) is launchers.TRITON
     backend._cuda_launchers.clear()
     reasons |= {"triton": "no triton", "cuda": "no library"}
     with pytest.raises(RuntimeError, match=r"no kernel serves cuda float32 \(triton: no triton;"):

@@ -29,6 +29,7 @@ from fused.kernels import tuning
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -108,6 +109,9 @@ def _specialize(launch: Launch) -> ASTSource:
             signature[parameter.name] = _POINTERS[value.dtype]
             if value.data_ptr() % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            dtype = _POINTERS[value.base.dtype].removeprefix("*")
+            signature[parameter.name] = f"tensordesc<{dtype}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:

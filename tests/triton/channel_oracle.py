@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from fused import ops
+from fused import launchers, ops
 
 # In place of the operators, which find the C++ kernels for CPU tensors.
 LAUNCHERS = SimpleNamespace(
-    **{name: ops._triton_channel(name) for name in ops.CHANNEL_LAUNCHERS},
-    channel_apply_=ops._triton_channel_apply_,
+    **{name: launchers.triton_channel(name) for name in launchers.CHANNEL_LAUNCHERS},
+    channel_apply_=launchers.triton_channel_apply_,
     WANT_NORM_WEIGHT=ops.WANT_NORM_WEIGHT,
     WANT_NORM_BIAS=ops.WANT_NORM_BIAS,
     WANT_BIAS=ops.WANT_BIAS,

@@ -164,7 +164,8 @@ def _patch_launch() -> None:
             _State.log.append(_State.launch)
         found = []
         # zip stops at the arguments that are given by position
-        for name, value in [*zip(self.arg_names, host, strict=False), *host_kwargs.items()]:
+        for name, given in [*zip(self.arg_names, host, strict=False), *host_kwargs.items()]:
+            value = getattr(given, "base", given)  # of a tensor descriptor
             if hasattr(value, "data_ptr") and value.numel():
                 place = (value.data_ptr(), value.element_size())
                 shape = (tuple(value.shape), tuple(value.stride()))

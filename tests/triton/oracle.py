@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused import ops, reference
+from fused import launchers, reference
 from fused.ops import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
 from fused.spec import ACTIVATIONS, Epilogue, dropout_threshold
 
@@ -123,8 +123,8 @@ def wanted_names(case: Case, x: Inputs) -> list[str]:
 
 def run(case: Case, x: Inputs) -> dict[str, Tensor]:
     """What the kernels give, by name; gradients that are not wanted are left out."""
-    y, statistics = ops._triton_row_forward(*forward_arguments(case, x))
-    gradients = ops._triton_row_backward(*backward_arguments(case, x, statistics))
+    y, statistics = launchers.triton_row_forward(*forward_arguments(case, x))
+    gradients = launchers.triton_row_backward(*backward_arguments(case, x, statistics))
     assert y.dtype == x.z.dtype
     wanted = wanted_names(case, x)
     owners = (x.z, x.norm_weight, x.norm_bias, x.z)

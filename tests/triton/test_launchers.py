@@ -16,18 +16,31 @@ import torch
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
-from fused.kernels import channel, channel_backward, norm, row, row_backward
+from fused.kernels import (
+    channel,
+    channel_backward,
+    gemm_channel,
+    gemm_row,
+    norm,
+    row,
+    row_backward,
+)
 
-from fused import ops
+from fused import launchers, ops
 from fused.spec import NORM_NAMES
 
 # operator: its launcher's module and name, and the function that ops.py registers for CUDA
 OPERATORS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "row_forward": (row, "row_forward", ops._triton_row_forward),
-    "row_forward_": (row, "row_forward", ops._triton_row_forward_),
-    "row_backward": (row_backward, "row_backward", ops._triton_row_backward),
-    "channel_apply_": (channel, "channel_apply", ops._triton_channel_apply_),
-} | {name: (channel, name, ops._triton_channel(name)) for name in ops.CHANNEL_LAUNCHERS}
+    "row_forward": (row, "row_forward", launchers.triton_row_forward),
+    "row_forward_": (row, "row_forward", launchers.triton_row_forward_),
+    "row_backward": (row_backward, "row_backward", launchers.triton_row_backward),
+    "linear_row_forward": (gemm_row, "linear_row_forward", launchers.triton_linear("row")),
+    "linear_channel_forward": (
+        *(gemm_channel, "linear_channel_forward"),
+        launchers.triton_linear("channel"),
+    ),
+    "channel_apply_": (channel, "channel_apply", launchers.triton_channel_apply_),
+} | {name: (channel, name, launchers.triton_channel(name)) for name in launchers.CHANNEL_LAUNCHERS}
 
 
 def schema_names(operator: str) -> list[str]:

@@ -1,0 +1,106 @@
+"""Whether a Linear on a GPU runs as one kernel with what follows it.
+
+The alternative is the library's GEMM and one pass over its result. `FUSED_GEMM` in the environment
+says which it is, for the whole process:
+
+    library   always the library's GEMM
+    auto      one kernel where a rule of kernels/gemm_tuning.py has it faster (the default)
+    fused     one kernel wherever there is one
+
+Where no kernel serves a case the library's GEMM does, whatever is asked for. The batch decides
+nothing, so that a change of it compiles nothing.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from .backend import choose
+from .kernels import gemm_tuning
+from .kernels.gemm_tuning import Kind
+from .spec import NORM_NAMES
+
+MODES = ("auto", "library", "fused")
+
+
+def checked_mode(name: str) -> str:
+    """name itself.
+
+    Raises:
+        ValueError: unknown mode.
+    """
+    if name not in MODES:
+        raise ValueError(f"FUSED_GEMM must be one of {', '.join(MODES)}; got {name!r}")
+    return name
+
+
+mode = checked_mode(os.environ.get("FUSED_GEMM") or "auto")
+# What callers ask first, because it costs nothing.
+enabled = mode == "fused" or (mode == "auto" and bool(gemm_tuning.RULES))
+
+
+def serves_row(x: Tensor, weight: Tensor, norm: int) -> bool:
+    """Whether `ops.linear_row_forward` runs a chain with this norm (a code of spec.py).
+
+    Args:
+        x: (rows, inner).
+        weight: (cols, inner).
+    """
+    if not _is_readable(x, weight):
+        return False
+    kind, device = Kind(NORM_NAMES[norm], x.dtype, _precision(x.dtype)), _device(x.get_device())
+    tile = gemm_tuning.row_tile(weight.shape[0], kind, *device)
+    return tile is not None and _is_faster(weight, kind, device)
+
+
+def serves_channel(x: Tensor, weight: Tensor, norm: int, groups: int) -> bool:
+    """Whether `ops.linear_channel_forward` runs a chain with batch or group norm."""
+    if not _is_readable(x, weight):
+        return False
+    kind, device = Kind(NORM_NAMES[norm], x.dtype, _precision(x.dtype)), _device(x.get_device())
+    if kind.norm == "group":
+        tile = gemm_tuning.group_tile(weight.shape[0] // groups, kind, *device)
+        if tile is None:
+            return False
+    return _is_faster(weight, kind, device)
+
+
+def _is_faster(weight: Tensor, kind: Kind, device: tuple[int, int]) -> bool:
+    """Whether a kernel is to be used where there is one."""
+    return mode == "fused" or gemm_tuning.is_faster(*weight.shape, kind, device[0])
+
+
+def _is_readable(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels can read x and weight, and write x's dtype, 16 bytes at a time."""
+    if not _is_on_gpu(x) or x.dtype not in gemm_tuning.DTYPES or weight.shape[1] == 0:
+        return False
+    align = 16 // x.element_size()
+    lengths = (*weight.shape, x.stride(0), weight.stride(0))
+    return x.stride(1) == 1 and weight.stride(1) == 1 and not any(n % align for n in lengths)
+
+
+def _is_on_gpu(x: Tensor) -> bool:
+    """Whether x is where these kernels run: on a GPU that Triton serves, as asked for here."""
+    return x.is_cuda and choose("cuda", x.dtype) == "triton"
+
+
+# The compiler takes what these two return for constant, as in backend.py. It guards on TF32 itself.
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return gemm_tuning.precision(dtype)
+
+
+def _device(index: int) -> tuple[int, int]:
+    """(architecture, threads of a warp) of a GPU, as kernels/tuning.py has them."""
+    from .kernels import tuning
+
+    device = tuning.gpu(index)
+    return device.arch, device.warp_size
+
+
+_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_device._dynamo_marked_constant = True  # type: ignore[attr-defined]

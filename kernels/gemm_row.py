@@ -1,0 +1,199 @@
+"""Linear with the row epilogue in one kernel: GEMM, norm along a row, activation, dropout.
+
+    y = residual + dropout(activation(norm(x · weightᵀ + bias)))
+
+Under a norm a tile holds whole rows; without one it is any part of rows, and where there are tensor
+descriptors the kernel of gemm_tma.py serves. z takes the way over
+memory, into its own tensor or, where no backward will read it, into y's: the program reads back
+what it has just written, a few rows at a time, from L1 or L2. The accumulators do not have the
+layout in which rows are summed up and written: rearranged in registers and shared memory, whole
+tiles cost conversions of float32 and spilled words (static, sm_90, 64 x 256: 7103 instructions and
+38 spilled words, against 1752 and none so).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..spec import ACTIVATION_NAMES, NORM_NAMES
+from . import gemm_tuning, tuning
+from .gemm_tile import add_bias, product, tile_of_program
+from .gemm_tma import can_describe, plain_forward
+from .norm import STATISTICS
+from .row_epilogue import write_rows
+from .tile import row_offset
+
+# Runtime integers whose value must not compile a new kernel: alignment is passed as ALIGN instead.
+INTEGERS = ("rows", "cols", "inner", "stride_xm", "stride_wn", "stride_rm", "threshold")
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def _gemm_row_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    residual_ptr,
+    z_ptr,
+    y_ptr,
+    statistics_ptr,
+    seed_ptr,
+    rows,
+    cols,
+    inner,
+    stride_xm,
+    stride_wn,
+    stride_rm,
+    eps,
+    alpha,
+    beta,
+    threshold,
+    NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+    ALIGN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
+    PER_THREAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One tile a program: whole rows under a norm, any part of them without."""
+    row0, col0 = tile_of_program(tl.program_id(0), rows, cols, NORM is not None, BLOCK_M, BLOCK_N)
+    row = row0 + tl.arange(0, BLOCK_M)
+    column = col0 + tl.arange(0, BLOCK_N)
+    row_mask = row < rows
+    column_mask = column < (cols // ALIGN_N) * ALIGN_N
+    z = product(
+        *(x_ptr, weight_ptr, row, row_mask, column, column_mask, inner, stride_xm, stride_wn),
+        *(ALIGN_K, EVEN_K, PRECISION, BLOCK_K, STAGES),
+    )
+    z = add_bias(z, bias_ptr, column, column_mask).to(y_ptr.dtype.element_ty)
+    if z_ptr is None:
+        z_ptr = y_ptr
+    mask = row_mask[:, None] & column_mask[None, :]
+    tl.store(z_ptr + row_offset(row, cols, ALIGN_N) + column[None, :], z, mask=mask)
+    # All of the program's threads now see z in memory.
+    tl.debug_barrier()
+    present = tl.minimum(rows - row0, BLOCK_M).to(tl.int32)
+    for step in tl.range(0, present, STEP):
+        write_rows(
+            *(z_ptr, None, norm_weight_ptr, norm_bias_ptr, residual_ptr, y_ptr, statistics_ptr),
+            *(seed_ptr, row0 + step + tl.arange(0, STEP), col0, rows, cols, cols, stride_rm, cols),
+            *(eps, alpha, beta, threshold, NORM, ACTIVATION, ALIGN_N, EVEN_N, PTX, PER_THREAD),
+            *(STEP, BLOCK_N),
+        )
+
+
+def linear_row_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    save_z: bool,
+    norm: int,
+    eps: float,
+    activation: int,
+    alpha: float,
+    beta: float,
+    threshold: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = residual + dropout(activation(norm(x · weightᵀ + bias))).
+
+    Args:
+        x: (rows, inner), last stride 1, any row stride and offset.
+        weight: (cols, inner), likewise, of x's dtype.
+        bias, norm_weight, norm_bias: (cols,), contiguous, any floating dtype, or None.
+        residual: (rows, cols), last stride 1, of x's dtype, or None.
+        seed: int64 (1,); may be None where threshold is 0.
+        save_z: whether z is needed.
+        norm, eps, activation, alpha, beta, threshold: as `spec.Epilogue.codes`.
+
+    Returns:
+        y (rows, cols) in x's dtype; z = x · weightᵀ + bias, likewise, or (0,) where it is not
+        needed; the statistics of z as `row.row_forward` gives them.
+
+    Raises:
+        ValueError: rows too wide for a tile (`gemm_tuning.row_tile` knows which).
+    """
+    (rows, inner), cols = x.shape, weight.shape[0]
+    name = NORM_NAMES[norm]
+    y = x.new_empty((rows, cols))
+    z = x.new_empty((rows, cols) if save_z else (0,))
+    statistics = x.new_empty((STATISTICS[name], rows), dtype=torch.float32)
+    if rows == 0 or cols == 0:
+        return y, z, statistics
+    device = tuning.device(x)
+    precision = gemm_tuning.precision(x.dtype)
+    kind = gemm_tuning.Kind(name, x.dtype, precision)
+    seed = seed if threshold else None
+    if name is None:
+        plain = gemm_tuning.plain_tile(kind, device.arch)
+        if plain is not None and can_describe(x, weight, residual, y):
+            plain_forward(
+                *(x, weight, bias, residual, seed, z if save_z else None, y),
+                ACTIVATION_NAMES[activation],
+                (alpha, beta, threshold),
+                precision,
+                plain,
+                device,
+            )
+            return y, z, statistics
+    tile = gemm_tuning.row_tile(cols, kind, device.arch, device.warp_size)
+    if tile is None:
+        raise ValueError(f"linear_row_forward: no tile holds {cols} columns of {x.dtype} ({kind})")
+    col_blocks = 1 if name else triton.cdiv(cols, tile.block_n)
+    if name is None:
+        norm_weight = norm_bias = None
+    strides = (x.stride(0), weight.stride(0))
+    stride_rm = cols if residual is None else residual.stride(0)
+    with torch.cuda.device_of(x):
+        _gemm_row_kernel[(triton.cdiv(rows, tile.block_m) * col_blocks,)](
+            x,
+            weight,
+            bias,
+            norm_weight,
+            norm_bias,
+            residual,
+            z if save_z else None,
+            y,
+            statistics if name else None,
+            seed,
+            rows,
+            cols,
+            inner,
+            *strides,
+            stride_rm,
+            eps,
+            alpha,
+            beta,
+            threshold,
+            NORM=name,
+            ACTIVATION=ACTIVATION_NAMES[activation],
+            ALIGN_K=tuning.alignment(inner, x.element_size(), *strides),
+            ALIGN_N=tuning.alignment(cols, x.element_size(), stride_rm),
+            EVEN_K=inner % tile.block_k == 0,
+            EVEN_N=cols == tile.block_n,
+            PRECISION=precision,
+            PTX=device.arch > 0,
+            PER_THREAD=min(8, 16 // x.element_size()),
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            STAGES=tile.stages,
+            STEP=tile.step,
+            num_warps=tile.num_warps,
+        )
+    return y, z, statistics
