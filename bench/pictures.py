@@ -28,14 +28,15 @@ DARK = 0.55  # share of the scale beyond which text is white
 DPI = 130
 
 
-def _grid(axes: Axes, title: str, lines: Sequence[str], columns: Sequence[str]) -> None:
+def grid(axes: Axes, title: str, lines: Sequence[str], columns: Sequence[str]) -> None:
+    """A title, and the names of a heat map's lines and columns."""
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=8)
     axes.set_yticks(range(len(lines)), lines, fontsize=8)
     axes.tick_params(length=0)
 
 
-def _heat_map(axes: Axes, values: np.ndarray) -> None:
+def heat_map(axes: Axes, values: np.ndarray) -> None:
     """Values are speed-ups; NaN stays empty."""
     scale = TwoSlopeNorm(0.0, SLOWEST, FASTEST)
     shown = np.clip(np.log2(values), SLOWEST, FASTEST)
@@ -85,8 +86,8 @@ def draw_norm(rows: Sequence[Row]) -> None:
                 for M, N, dtype in sizes
             ]  # fmt: skip
             names = [f"{M}×{N} {dtype}" for M, N, dtype in sizes]
-            _grid(axes, f"{title}: over {baseline}", names, labels)
-            _heat_map(axes, np.array(values))
+            grid(axes, f"{title}: over {baseline}", names, labels)
+            heat_map(axes, np.array(values))
 
 
 def draw_linear(rows: Sequence[Row]) -> None:
@@ -105,8 +106,8 @@ def draw_linear(rows: Sequence[Row]) -> None:
         ]
         names = [f"{M}×{K}×{N} {dtype}" for M, K, N, dtype in sizes]
         labels = [title.replace(", ", "\n") for title, _ in LINEAR_COLUMNS]
-        _grid(axes, title, names, labels)
-        (_share_map if provider == "gemms" else _heat_map)(axes, np.array(values))
+        grid(axes, title, names, labels)
+        (_share_map if provider == "gemms" else heat_map)(axes, np.array(values))
 
 
 def draw_host(rows: Sequence[Row]) -> None:
@@ -163,8 +164,8 @@ def draw_channel(rows: Sequence[Row]) -> None:
         names = [" ".join(filter(None, (n, shape or f"{M}×{N}", layout)))
                  for n, M, N, shape, layout in lines]  # fmt: skip
         what = "forward" if mode == "forward" else "forward + backward"
-        _grid(axes, f"{what}: over {baseline}", names, labels)
-        _heat_map(axes, np.array(values))
+        grid(axes, f"{what}: over {baseline}", names, labels)
+        heat_map(axes, np.array(values))
 
 
 TITLES = {

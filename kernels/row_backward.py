@@ -217,7 +217,8 @@ def row_backward(
     inputs = (dy, z, bias, norm_weight, norm_bias, statistics if name else None)
     seed_arg = seed if threshold else None
     made = [g for g in gradients if g.numel()]
-    tile = tuning.backward_tile(cols, name, len(made), z.element_size(), device)
+    wide = flags["ALIGN"] * z.element_size() == 16 and (dy.data_ptr() | z.data_ptr()) % 16 == 0
+    tile = tuning.backward_tile(cols, name, len(made), z.element_size(), wide, device)
     col_blocks = triton.cdiv(cols, tile.block_n)
     with torch.cuda.device_of(z):
         sums = None

@@ -93,7 +93,7 @@ def test_kernels_import_nothing_but_the_specification() -> None:
 
 
 def test_files_can_be_read() -> None:
-    for pattern in ("fused/*.py", "kernels/*.py", "csrc/**/*.h", "csrc/**/*.cpp", "bench/*.py"):
+    for pattern in ("fused/*.py", "kernels/*.py", "csrc/**/*.h", "csrc/**/*.cpp", "bench/**/*.py"):
         for path in ROOT.glob(pattern):
             name = str(path.relative_to(ROOT))
             lines = len(path.read_text().splitlines())

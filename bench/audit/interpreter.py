@@ -63,10 +63,11 @@ class _Argument:
 
 @dataclass
 class Launch:
-    """What one kernel launch moved: bytes by argument name."""
+    """What one kernel launch moved, and how large its tensors are: bytes by argument name."""
 
     kernel: str
     grid: tuple[int, ...]
+    sizes: dict[str, int] = field(default_factory=dict)
     loaded: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     stored: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
@@ -166,6 +167,7 @@ def _patch_launch() -> None:
         # zip stops at the arguments that are given by position
         for name, value in [*zip(self.arg_names, host, strict=False), *host_kwargs.items()]:
             if hasattr(value, "data_ptr") and value.numel():
+                _State.launch.sizes[name] = value.numel() * value.element_size()
                 place = (value.data_ptr(), value.element_size())
                 shape = (tuple(value.shape), tuple(value.stride()))
                 found.append(_Argument(name, *place, *shape))
