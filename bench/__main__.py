@@ -1,4 +1,5 @@
-"""python -m bench [norm linear channel host] [--quick]: measure.
+"""python -m bench [norm linear channel host] [--quick]: measure on a CPU.
+python -m bench [rows blocks images peers host] --device cuda: measure on a GPU.
 python -m bench report: tables and pictures from what was measured.
 """
 
@@ -15,7 +16,8 @@ from pathlib import Path
 import torch
 
 from . import results
-from .cells import SUITES, Cell, is_quick
+from .cells import CPU_SUITES, Cell
+from .gpu_cells import GPU_SUITES, SUITES, is_quick
 from .harness import Outcome, measure
 from .machine import ROOT, Machine, this_machine
 from .providers import make_providers
@@ -46,7 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unknown suite {', '.join(unknown)}; known: {', '.join(SUITES)}, report")
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device")
-    given.suites = given.suites or list(SUITES)
+    given.suites = given.suites or list(CPU_SUITES if given.device == "cpu" else GPU_SUITES)
     given.out = given.out or (QUICK_RESULTS if given.quick else RESULTS)
     if given.seconds is None:
         given.seconds = QUICK_SECONDS_PER_CELL if given.quick else SECONDS_PER_CELL

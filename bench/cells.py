@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 LETTERS = {"L": "Linear", "N": "norm", "A": "activation", "D": "dropout"}
+CHANNEL_NORMS = ("batch", "group", "instance")
 MODES = {
     "forward": "forward, training mode, no gradients",
     "inference": "forward, evaluation mode, no gradients",
@@ -26,7 +27,7 @@ class Cell:
     """One chain at one size in one mode.
 
     Attributes:
-        chain: its stages, such as "N-A-D" (`LETTERS`).
+        chain: its stages, such as "N-A-D" (`LETTERS`); "3 L-N-A-D": three of them and a Linear.
         norm: "layer", "rms", "batch", "group", "instance", or "" without one.
         dtype: torch's name.
         M, K, N: rows, features in (0 without a Linear), features out. Of images: all positions of
@@ -58,6 +59,16 @@ class Cell:
     @property
     def has_linear(self) -> bool:
         return "L" in self.chain
+
+    @property
+    def blocks(self) -> int:
+        """How many times the chain is repeated; a last Linear follows if it is."""
+        return int(self.chain.split()[0]) if " " in self.chain else 1
+
+    @property
+    def rows_are_apart(self) -> bool:
+        """Whether a row of the output depends on its own row of the input alone, by one chain."""
+        return self.norm not in CHANNEL_NORMS and self.blocks == 1
 
     @property
     def drops(self) -> bool:
@@ -95,7 +106,6 @@ PAIRS = (
 # Of the channel suite: rows of features for batch norm, and images.
 CHANNEL_ROWS = ((8192, 256), (8192, 1024))
 CHANNEL_IMAGES = ((16, 64, 64, 64), (4, 256, 64, 64), (2, 64, 256, 256))
-CHANNEL_NORMS = ("batch", "group", "instance")
 NUM_GROUPS = 32
 LAYOUTS = ("", "channels-last")
 HOST_CHAINS = ("L-N-A-D", "L-N-A", "L-A", "N-A", "N-A-D", "A-D")
@@ -124,8 +134,9 @@ def linear_cells() -> Iterator[Cell]:
 def host_cells() -> Iterator[Cell]:
     """Chains on tensors so small that only the host's work counts."""
     rows, cols = HOST_SIZE
-    for (norm, activation), chain in product((("layer", "relu"), ("rms", "silu")), HOST_CHAINS):
-        if "N" not in chain and norm == "rms":
+    pairs = (("layer", "relu"), ("rms", "silu"), ("batch", "relu"))
+    for (norm, activation), chain in product(pairs, HOST_CHAINS):
+        if "N" not in chain and norm != "layer":
             continue
         inputs, p = (cols, P) if "L" in chain else (0, P)
         p = p if "D" in chain else 0.0
@@ -162,7 +173,12 @@ def channel_cells() -> Iterator[Cell]:
         yield from _channel_cells(norm, "silu", CHANNEL_IMAGES[0], layout, ("training",))
 
 
-SUITES = {"norm": norm_cells, "linear": linear_cells, "channel": channel_cells, "host": host_cells}
+CPU_SUITES = {
+    "norm": norm_cells,
+    "linear": linear_cells,
+    "channel": channel_cells,
+    "host": host_cells,
+}
 
 
 def is_quick(cell: Cell) -> bool:
@@ -177,4 +193,4 @@ def is_quick(cell: Cell) -> bool:
         shown = (cell.activation, cell.dtype) == ("relu", "float32") and cell.p > 0
         image = (cell.sizes, cell.layout) == (CHANNEL_IMAGES[0], "channels-last")
         return shown and (cell.sizes == CHANNEL_ROWS[0] or image)
-    return cell.norm != "rms"
+    return cell.norm in ("layer", "")

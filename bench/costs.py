@@ -21,6 +21,7 @@ from fused.dispatch import make_codes
 
 REPEATS = 7
 DTYPES = (torch.float32, torch.bfloat16)
+NONE = (None, None, None)  # residual, mask, seed
 
 
 def best_us(call: Callable[[], object], calls: int) -> float:
@@ -91,7 +92,37 @@ def kernel_costs() -> None:
                 print(f"  {name} {activation} p={p:g}: {forward:.2f}, {backward:.2f}")
 
 
+def group_norm_ns(dtype: torch.dtype, activation: str) -> dict[str, float]:
+    """Nanoseconds an element of the passes of a norm over channels-last images, and torch's."""
+    z = torch.randn(2, 1024, 64).to(dtype)
+    image = z.view(2, 32, 32, 64).permute(0, 3, 1, 2)
+    weight, shift = torch.ones(64, dtype=dtype), torch.zeros(64, dtype=dtype)
+    norm, *rest = make_codes("group", 1e-5, activation, 0.0)
+    codes = (norm, 32, True, *rest, False)
+    mean, variance, _ = ops.channel_statistics(z, None, *codes[:3])
+    given = (mean, variance, weight, shift, *NONE)
+    function = getattr(torch.nn.functional, activation)
+    calls: dict[str, Callable[[], object]] = {
+        "statistics": lambda: ops.channel_statistics(z, None, *codes[:3]),
+        "apply": lambda: ops.channel_apply(z, *given, *codes),
+        "forward": lambda: ops.channel_forward(z, weight, shift, *NONE, *codes),
+        "torch": lambda: function(torch.group_norm(image, 32, weight, shift, 1e-5)),
+    }
+    return {name: best_us(call, 100) * 1e3 / z.numel() for name, call in calls.items()}
+
+
+def channel_costs() -> None:
+    """The passes of a norm over positions."""
+    print("kernel, group norm of (2, 64, 32, 32) channels-last, 32 groups, ns an element, forward")
+    for dtype in DTYPES:
+        for activation in ("relu", "silu"):
+            found = group_norm_ns(dtype, activation)
+            text = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+            print(f"  {str(dtype).removeprefix('torch.')} {activation}: {text}")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     host_costs()
     kernel_costs()
+    channel_costs()

@@ -74,6 +74,7 @@ class Row:
     machine: str
     threads: int
     isa: str
+    clocks: str
     commit: str
     date: str
     python: str
@@ -262,7 +263,7 @@ def measure(
         found: dict[str, Any] = {"error": "", "kept_bytes": "", "ring": len(ring)}
         try:
             if provider.checked:
-                checked = check_channel if cell.suite == "channel" else check
+                checked = check if cell.rows_are_apart else check_channel
                 found["error"] = float(f"{checked(provider, cell, chain, ring[0]):.3g}")
         except (CheckError, RuntimeError) as error:  # the compiler's errors are RuntimeErrors
             refused[provider.name] = str(error).strip().partition("\n")[0]

@@ -26,6 +26,7 @@ class Machine:
     machine: str
     threads: int
     isa: str
+    clocks: str
     commit: str
     date: str
     python: str
@@ -48,6 +49,18 @@ def commit_of(root: Path = ROOT) -> str:
         return "unknown"
 
 
+def gpu_clocks() -> str:
+    """The GPU's highest clocks and its power limit, as nvidia-smi has them; "" without it."""
+    query = "clocks.max.sm,clocks.max.mem,power.limit"
+    index = str(torch.cuda.current_device())
+    command = ["nvidia-smi", "-i", index, f"--query-gpu={query}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip().replace(", ", " / ")
+
+
 def this_machine(device: str) -> Machine:
     """What this process measures with."""
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_model()
@@ -56,6 +69,7 @@ def this_machine(device: str) -> Machine:
         name,
         torch.get_num_threads(),
         (backend.cpu_isa() or "no C++ kernels") if device == "cpu" else "",
+        gpu_clocks() if device == "cuda" else "",
         commit_of(),
         datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         platform.python_version(),

@@ -6,7 +6,6 @@ Blue is faster than the baseline, red slower; a losing cell is framed besides.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -29,7 +28,7 @@ DPI = 130
 
 
 def grid(axes: Axes, title: str, lines: Sequence[str], columns: Sequence[str]) -> None:
-    """A title, and the names of a heat map's lines and columns."""
+    """Title and names of a heat map."""
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=8)
     axes.set_yticks(range(len(lines)), lines, fontsize=8)
@@ -63,7 +62,8 @@ def _share_map(axes: Axes, values: np.ndarray) -> None:
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8)
 
 
-def _one(rows: Sequence[Row]) -> float:
+def one(rows: Sequence[Row]) -> float:
+    """The ratio of the only row; NaN where there is none."""
     return float(rows[0].over_fused) if rows and has_ratio(rows[0]) else float("nan")
 
 
@@ -79,7 +79,7 @@ def draw_norm(rows: Sequence[Row]) -> None:
         for axes, baseline in zip(line, BASELINES[:2], strict=True):
             values = [
                 [
-                    _one(select(rows, M=M, N=N, dtype=dtype, p=p, norm=norm, activation=activation,
+                    one(select(rows, M=M, N=N, dtype=dtype, p=p, norm=norm, activation=activation,
                                 mode=mode, provider=baseline))
                     for p, norm, activation in columns
                 ]
@@ -99,7 +99,7 @@ def draw_linear(rows: Sequence[Row]) -> None:
     for axes, provider, title in zip(panels, (*BASELINES[:2], "gemms"), titles, strict=True):
         values = [
             [
-                _one(select(rows, M=M, K=K, N=N, dtype=dtype, provider=provider, **wanted))
+                one(select(rows, M=M, K=K, N=N, dtype=dtype, provider=provider, **wanted))
                 for _, wanted in LINEAR_COLUMNS
             ]
             for M, K, N, dtype in sizes
@@ -127,7 +127,7 @@ def draw_host(rows: Sequence[Row]) -> None:
                 label = f" {median:.0f}"
                 colour = COLOURS[provider]
                 if provider == "fused" and ours and eager:
-                    speed_up = _one(eager)
+                    speed_up = one(eager)
                     label += f" ({speed_up:.2f}×)"
                     colour = COLOURS["losing"] if speed_up < 1 else colour
                 axes.barh(line + offset, median, 0.38, color=colour)
@@ -155,7 +155,7 @@ def draw_channel(rows: Sequence[Row]) -> None:
     for axes, (mode, baseline) in zip(panels, shown, strict=True):
         values = [
             [
-                _one(select(rows, norm=norm, M=M, N=N, shape=shape, layout=layout, dtype=dtype,
+                one(select(rows, norm=norm, M=M, N=N, shape=shape, layout=layout, dtype=dtype,
                             p=p, activation="relu", mode=mode, provider=baseline))
                 for dtype, p in columns
             ]
@@ -168,25 +168,18 @@ def draw_channel(rows: Sequence[Row]) -> None:
         heat_map(axes, np.array(values))
 
 
-TITLES = {
-    "norm": "Norm → activation (→ dropout): how many times faster fused is; framed in red: slower",
-    "linear": "Linear → norm → activation: how many times faster fused is; framed in red: slower",
-    "channel": "Norm → ReLU (→ dropout): how many times faster fused is; framed in red: slower",
-    "host": "The host's time for chains on 8×64 tensors",
+CPU_PICTURES: dict[str, tuple[str, Callable[[Sequence[Row]], None]]] = {
+    "norm": (
+        "Norm → activation (→ dropout): how many times faster fused is; framed in red: slower",
+        draw_norm,
+    ),
+    "linear": (
+        "Linear → norm → activation: how many times faster fused is; framed in red: slower",
+        draw_linear,
+    ),
+    "channel": (
+        "Norm → ReLU (→ dropout): how many times faster fused is; framed in red: slower",
+        draw_channel,
+    ),
+    "host": ("The host's time for chains on 8×64 tensors", draw_host),
 }
-_DRAW: dict[str, Callable[[Sequence[Row]], None]] = {
-    "norm": draw_norm,
-    "linear": draw_linear,
-    "channel": draw_channel,
-    "host": draw_host,
-}
-
-
-def draw(suite: str, rows: Sequence[Row], path: Path, caption: str) -> None:
-    """Writes the picture of one suite on one machine."""
-    _DRAW[suite](rows)
-    figure = plt.gcf()
-    figure.suptitle(f"{TITLES[suite]}\n{caption}", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
-    plt.close(figure)

@@ -60,24 +60,35 @@ class Provider:
     parameters: list[nn.Parameter] = field(default_factory=list)
 
 
-def make_chain(cell: Cell, device: str) -> nn.Sequential:
-    """The cell's layers, in plain torch; the norm's parameters are not its defaults."""
-    dtype = getattr(torch, cell.dtype)
+def _make_layers(cell: Cell, features: int) -> list[nn.Module]:
+    """One chain; the norm's parameters are not its defaults."""
     children: list[nn.Module] = []
     if cell.has_linear:
-        children.append(nn.Linear(cell.K, cell.N))
+        children.append(nn.Linear(features, cell.N))
     if cell.norm:
         norm = make_norm(cell)
         for name, parameter in norm.named_parameters():
             nn.init.normal_(parameter, float(name == "weight"), 0.2)
         children.append(norm)
-    children.append(ACTIVATIONS[cell.activation]())
+    if cell.activation:
+        children.append(ACTIVATIONS[cell.activation]())
     if "D" in cell.chain:
         children.append(nn.Dropout(cell.p))
+    return children
+
+
+def make_chain(cell: Cell, device: str) -> nn.Sequential:
+    """The cell's layers, in plain torch."""
+    dtype = getattr(torch, cell.dtype)
+    children = _make_layers(cell, cell.K)
+    if cell.blocks > 1:
+        for _ in range(cell.blocks - 1):
+            children += _make_layers(cell, cell.N)
+        children.append(nn.Linear(cell.N, cell.N))
     return nn.Sequential(*children).to(device, dtype).train(cell.mode != "inference")
 
 
-def _module_provider(
+def module_provider(
     name: str, module: Callable[[Tensor], Tensor], chain: nn.Sequential, cell: Cell, scale: float
 ) -> Provider:
     parameters = list(chain.parameters())
@@ -133,21 +144,26 @@ def make_providers(
     eager_scale = 1 / (1 - cell.p)
     our_scale = dropout_scale(dropout_threshold(cell.p))
     found = [
-        _module_provider("fused", ours, chain, cell, our_scale),
-        _module_provider("eager", chain, chain, cell, eager_scale),
+        module_provider("fused", ours, chain, cell, our_scale),
+        module_provider("eager", chain, chain, cell, eager_scale),
     ]
     if cell.suite == "host":
         return found
     torch.compiler.reset()  # one cell must not use up the recompilations of the next
     compiled = torch.compile(chain, dynamic=False, fullgraph=True)
-    found.append(_module_provider("compile", compiled, chain, cell, eager_scale))
+    found.append(module_provider("compile", compiled, chain, cell, eager_scale))
     if max_autotune and (cell.M, cell.K, cell.N) in AUTOTUNED_SIZES:
         tuned = torch.compile(chain, dynamic=False, fullgraph=True, mode="max-autotune")
-        found.append(_module_provider("max-autotune", tuned, chain, cell, eager_scale))
+        found.append(module_provider("max-autotune", tuned, chain, cell, eager_scale))
+    if cell.suite == "peers":
+        from .peers import make_peers
+
+        found += make_peers(cell, chain)
     if cell.has_linear:
         linear = chain[0]
         assert isinstance(linear, nn.Linear)
-        found.append(_gemms(cell, linear.weight))
+        if cell.blocks == 1:
+            found.append(_gemms(cell, linear.weight))
     else:
         found.append(_add(like.dy) if cell.needs_gradients else _copy(like.dy))
     return found

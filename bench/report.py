@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import results
-from .cells import SUITES
+from .gpu_cells import SUITES
+from .gpu_pictures import draw
+from .gpu_tables import SUMMARIES
 from .harness import Row
-from .pictures import draw
-from .tables import SUMMARIES, all_cells
+from .tables import all_cells
 
 COMMAND = "Measured by `make bench`, written by `python -m bench report`"
 
@@ -35,7 +36,7 @@ def caption(rows: Sequence[Row]) -> str:
 
     first = rows[0]
     threads = f"{first.threads} thread" + ("s" if first.threads > 1 else "")
-    where = ", ".join(filter(None, (first.machine, threads, first.isa)))
+    where = ", ".join(filter(None, (first.machine, first.clocks, threads, first.isa)))
     days = sorted({r.date[:10] for r in rows})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     return f"{where}; torch {all_of('torch')}; commit {all_of('commit')}; {when}"

@@ -14,7 +14,7 @@ from typing import Any
 from .cells import LAYOUTS, LINEAR_SIZES, NORM_SIZES, NUM_GROUPS, P
 from .harness import Row
 
-BASELINES = ("eager", "compile", "max-autotune")
+BASELINES = ("eager", "compile", "max-autotune", "liger", "quack", "flash-attn")
 LIMITS = ("copy_", "add", "gemms")
 LOSING, ABSENT = "▼", "–"
 LISTED = 12  # losing cells that a summary names one by one
@@ -224,14 +224,6 @@ def _channel_means(rows: Sequence[Row]) -> str:
             lines.append([norm, f"{p:g}" if p else "none", *found])
     about = "Geometric mean of the speed-up over all cells of a norm, the lowest in brackets."
     return f"{about}\n\n{table(header, lines)}"
-
-
-SUMMARIES = {
-    "norm": norm_summary,
-    "linear": linear_summary,
-    "channel": channel_summary,
-    "host": host_summary,
-}
 
 
 def all_cells(rows: Sequence[Row]) -> str:

@@ -1,5 +1,6 @@
 """python -m fused doctor [--json]
 python -m fused fuse MODULE:CALLABLE
+python -m fused tune [--out FILE] [--max-seconds S]
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import nn
 
-from . import doctor
+from . import doctor, tune
 from .convert import fuse_
 
 
@@ -45,7 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     told = "the chains of a model that fused.fuse_ would fuse, and why not the others"
     command = commands.add_parser("fuse", help=told, description=told)
     command.add_argument("target", metavar="MODULE:CALLABLE", help="what returns the model")
+    told = "measures the tiles of the GPU kernels' rules against their neighbours, for a table"
+    command = commands.add_parser("tune", help=told, description=told)
+    command.add_argument("--out", type=Path, help="the table (default: where the rules read it)")
+    command.add_argument("--max-seconds", type=float, default=600.0)
     given = parser.parse_args(arguments)
+    if given.command == "tune":
+        return tune.main(given.out, given.max_seconds)
     if given.command == "doctor":
         return doctor.main(as_json=given.json)
     try:

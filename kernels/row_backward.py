@@ -218,7 +218,7 @@ def row_backward(
     seed_arg = seed if threshold else None
     made = [g for g in gradients if g.numel()]
     wide = flags["ALIGN"] * z.element_size() == 16 and (dy.data_ptr() | z.data_ptr()) % 16 == 0
-    tile = tuning.backward_tile(cols, name, len(made), z.element_size(), wide, device)
+    tile = tuning.backward_tile(cols, name, len(made), z.element_size(), device, wide)
     col_blocks = triton.cdiv(cols, tile.block_n)
     with torch.cuda.device_of(z):
         sums = None

@@ -2,18 +2,21 @@
 
 The batch never enters a value that is compiled in: only `programs`, a grid size, depends on it. No
 autotuning: a row kernel's best tile follows from its width, and a search costs seconds per shape.
+`python -m fused tune` searches once, and writes what it finds to a table (tuned.py).
 "static" figures are registers a thread (65536 per SM: 128 at 512 threads, 64 at 1024) and spilled
 words, read from sm_90 binaries (triton 3.7.1, bf16, GELU, dropout) by bench/audit.
 """
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+
+from . import tuned
 
 # One tile holds a whole row up to here. 32768 columns spill with a linear bias (static: 124 to 685
 # spilled words at 16 or 32 warps), and the looped kernel finds such a row in L2 the second time.
@@ -48,6 +51,7 @@ class Device(NamedTuple):
     processors: int
     warp_size: int
     arch: int
+    name: str = ""  # by which tiles are found that were measured (tuned.py)
 
 
 # Two persistent programs make the interpreter run the second stage as well.
@@ -65,7 +69,7 @@ def _gpu(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     plain = torch.version.hip is not None or triton.knobs.runtime.interpret
     arch = 0 if plain else properties.major * 10 + properties.minor
-    return Device(properties.multi_processor_count, properties.warp_size, arch)
+    return Device(properties.multi_processor_count, properties.warp_size, arch, properties.name)
 
 
 def programs(row_tiles: int, col_blocks: int, tile: Tile, device: Device) -> int:
@@ -85,7 +89,7 @@ def warps_of(elements: int, per_thread: int, width: int, limit: int) -> int:
     return max(1, min(limit, elements // (per_thread * width)))
 
 
-@lru_cache(maxsize=4096)
+@tuned.cached
 def forward_tile(cols: int, norm: str | None, device: Device) -> Tile:
     """Tile of the forward kernel; `block_n < cols` says that the row has to be looped over."""
     if norm is None:
@@ -96,6 +100,8 @@ def forward_tile(cols: int, norm: str | None, device: Device) -> Tile:
     # 16 elements a thread are two 16-byte loads in flight of bf16;
     # static, with a linear bias: 1024 columns 47 registers, 4096 48, 8192 63, 16384 60.
     warps = warps_of(block_m * block_n, 16, device.warp_size, 1024 // device.warp_size)
+    key = tuned.key_of("row_forward", block_n, norm)
+    block_m, warps = tuned.choose(device.name, key, (block_m, warps))
     return Tile(block_m, block_n, warps)
 
 
@@ -104,9 +110,9 @@ def forward_loop_tile(device: Device) -> Tile:
     return Tile(1, FORWARD_LOOP_COLS, 512 // device.warp_size)
 
 
-@lru_cache(maxsize=4096)
+@tuned.cached
 def backward_tile(
-    cols: int, norm: str | None, sums: int, itemsize: int, wide: bool, device: Device
+    cols: int, norm: str | None, sums: int, itemsize: int, device: Device, wide: bool = True
 ) -> Tile:
     """Tile of the persistent backward kernel; `block_n < cols` says that it works by column blocks.
 
@@ -127,6 +133,8 @@ def backward_tile(
     block_n = power_of_two(cols, limit if whole else SHARED_COLS)
     block_m = max(1, 1024 // block_n)
     warps = warps_of(block_m * block_n, 8, device.warp_size, 512 // device.warp_size)
+    key = tuned.key_of("row_backward", block_n, norm, sums, itemsize)
+    block_m, warps = tuned.choose(device.name, key, (block_m, warps))
     return Tile(block_m, block_n, warps)
 
 

@@ -103,7 +103,7 @@ def test_ratios_are_medians_of_the_rounds_ratios() -> None:
 
 
 def test_every_quick_suite_has_cells() -> None:
-    from bench.cells import SUITES, is_quick
+    from bench.gpu_cells import SUITES, is_quick
 
     for name, cells in SUITES.items():
         found = list(cells())
@@ -120,7 +120,7 @@ PAGE = "before\n<!-- bench:{0} -->\nold\n<!-- /bench:{0} -->\nafter\n"
 def make_results(folder: Path) -> None:
     """A CSV for each suite, eager losing in all cells but the first."""
     from bench import results
-    from bench.cells import SUITES
+    from bench.gpu_cells import SUITES
     from bench.harness import Outcome, _rows
     from bench.machine import this_machine
 
@@ -141,7 +141,7 @@ def make_results(folder: Path) -> None:
 
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
 def test_report(tmp_path: Path) -> None:
-    from bench.cells import SUITES
+    from bench.gpu_cells import SUITES
     from bench.report import write_report
 
     make_results(tmp_path)
@@ -191,7 +191,7 @@ def test_other_columns_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
 def test_the_pages_have_a_place_for_every_suite(page: str) -> None:
-    from bench.cells import SUITES
+    from bench.gpu_cells import SUITES
 
     text = (ROOT / page).read_text()
     for suite in SUITES:

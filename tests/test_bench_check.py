@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from bench_cases import WRONG, make_all, make_cell, make_with_wrong_eager
+from bench_cases import WRONG, P, make_all, make_cell, make_with_wrong_eager
 from torch import Tensor, nn
 
 import fused
@@ -77,6 +79,15 @@ CHANNEL: dict[str, dict[str, Any]] = {
     "images": {"norm": "batch", "activation": "silu", "shape": "2×8×40×50"},
     "channels-last": {"norm": "instance", "shape": "3×8×5×6", "layout": "channels-last"},
     "groups": {"norm": "group", "shape": "2×32×5×6", "dtype": "bfloat16", "mode": "forward"},
+    "block": {
+        "suite": "blocks",
+        "chain": "L-N-A-D",
+        "norm": "batch",
+        "activation": "silu",
+        "K": 40,
+    },
+    "network": {"chain": "3 L-N-A-D", "K": 40},
+    "network of batch norms": {"chain": "3 L-N-A-D", "norm": "batch", "K": 40},
 }
 
 
@@ -95,6 +106,8 @@ def test_right_channel_providers_pass(name: str) -> None:
     chain, inputs, providers = make_all(cell)
     for provider in ("fused", "eager"):
         check_channel(providers[provider], cell, chain, inputs)
+    assert all(child.p == cell.p for child in chain if isinstance(child, nn.Dropout))
+    assert all(child.p == P for child in chain if isinstance(child, nn.Dropout))
 
 
 class ReturnsContiguous(torch.autograd.Function):
@@ -148,3 +161,22 @@ def test_nothing_is_timed_when_all_are_refused() -> None:
     wrong = make_with_wrong_eager("nan")
     outcome = measure(make_cell(), this_machine("cpu"), 0.0, lambda *given: wrong(*given)[1:])
     assert outcome.rows == []
+
+
+def test_peers_are_measured_where_they_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.check import check
+    from bench.peers import missing_peers
+
+    def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
+
+    assert missing_peers() == ["liger", "quack", "flash-attn"]
+    monkeypatch.setitem(sys.modules, "quack", SimpleNamespace(rmsnorm=rmsnorm))
+    assert missing_peers() == ["liger", "flash-attn"]
+    for norm in ("layer", "rms"):
+        cell = make_cell(suite="peers", chain="N", norm=norm, activation="", p=0.0)
+        chain, inputs, providers = make_all(cell)
+        assert ("quack" in providers) == (norm == "rms")
+        for provider in providers.values():
+            if provider.checked and provider.name != "compile":
+                check(provider, cell, chain, inputs)

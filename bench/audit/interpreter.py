@@ -165,7 +165,8 @@ def _patch_launch() -> None:
             _State.log.append(_State.launch)
         found = []
         # zip stops at the arguments that are given by position
-        for name, value in [*zip(self.arg_names, host, strict=False), *host_kwargs.items()]:
+        for name, given in [*zip(self.arg_names, host, strict=False), *host_kwargs.items()]:
+            value = getattr(given, "base", given)  # of a tensor descriptor
             if hasattr(value, "data_ptr") and value.numel():
                 _State.launch.sizes[name] = value.numel() * value.element_size()
                 place = (value.data_ptr(), value.element_size())

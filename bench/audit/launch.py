@@ -17,6 +17,7 @@ import torch
 from fused.kernels import tuning
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .targets import TARGETS
 
@@ -95,6 +96,9 @@ class Launch:
                 signature[parameter.name] = _POINTERS[value.dtype]
                 if value.data_ptr() % 16 == 0:
                     attributes[(i,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, TensorDescriptor):
+                dtype = _POINTERS[value.base.dtype].removeprefix("*")
+                signature[parameter.name] = f"tensordesc<{dtype}{list(value.block_shape)}>"
             elif isinstance(value, float):
                 signature[parameter.name] = "fp32"
             else:

@@ -1,0 +1,144 @@
+"""Summaries of the GPU suites as markdown (tables.py has the CPU's and says what ratios mean)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .harness import Row
+from .tables import (
+    ABSENT,
+    BASELINES,
+    channel_summary,
+    host_summary,
+    kept,
+    linear_summary,
+    losing_text,
+    norm_summary,
+    ratios,
+    select,
+    size_of,
+    table,
+)
+
+# Tensors of the input's size that cannot but be read or written once.
+TENSORS = {"forward": 2, "backward": 3}
+PEERS = BASELINES[3:]
+
+
+def bandwidth(r: Row) -> float:
+    """GB/s of the tensors that have to be moved, by the median time."""
+    size = r.M * r.N * getattr(torch, r.dtype).itemsize
+    return TENSORS[r.mode] * size / r.median_us / 1e3
+
+
+def _bandwidths(rows: Sequence[Row], provider: str) -> str:
+    return ", ".join(f"{bandwidth(r):.0f}" for r in select(rows, provider=provider)) or ABSENT
+
+
+def rows_summary(rows: Sequence[Row]) -> str:
+    """A line per chain, dtype and number of columns: GB/s, and the speed-up."""
+    header = ["chain", "dtype", "columns", "forward, GB/s", "`copy_`, GB/s", "/ eager", "/ compile"]
+    header += ["backward, GB/s", "share of add", "/ eager", "/ compile", "bytes kept"]
+    lines = []
+    for chain, norm, act, dtype, N in dict.fromkeys(
+        (r.chain, r.norm, r.activation, r.dtype, r.N) for r in rows
+    ):
+        own = select(rows, chain=chain, norm=norm, activation=act, dtype=dtype, N=N)
+        line = [f"{chain} {norm} {act}", dtype, str(N)]
+        for mode, limit in (("forward", "copy_"), ("backward", "add")):
+            of_mode = select(own, mode=mode)
+            line.append(_bandwidths(of_mode, "fused"))
+            if mode == "forward":
+                line.append(_bandwidths(of_mode, limit))
+            else:
+                line.append(ratios(select(of_mode, provider=limit), marked=False))
+            line += [ratios(select(of_mode, provider=b)) for b in BASELINES[:2]]
+        lines.append([*line, kept(own)])
+    about = (
+        "GB/s: of the tensors that have to be moved (forward two, backward three) over the median"
+        " time; the measured copy moves two as well. Speed-up over eager and torch.compile."
+        " Bytes kept: for backward, an element, besides the input: eager → fused."
+    )
+    return f"{about}\n\n{table(header, lines)}\n\n{losing_text(rows)}"
+
+
+def blocks_summary(rows: Sequence[Row]) -> str:
+    """A line per size, a column per norm."""
+    norms = list(dict.fromkeys((r.norm, r.activation) for r in rows))
+    header = ["chain", "M × K × N", "dtype", *(" ".join(pair) for pair in norms), "bytes kept"]
+    lines = []
+    for chain, dtype, M, K, N in dict.fromkeys((r.chain, r.dtype, r.M, r.K, r.N) for r in rows):
+        own = select(rows, chain=chain, dtype=dtype, M=M, K=K, N=N, mode="training")
+        line = [chain, f"{M} × {K} × {N}", dtype]
+        for norm, activation in norms:
+            cell = select(own, norm=norm, activation=activation)
+            found = [ratios(select(cell, provider=b)) for b in BASELINES[:3]]
+            found.append(ratios(select(cell, provider="gemms"), marked=False))
+            line.append(" / ".join(found) if cell else ABSENT)
+        lines.append([*line, kept(own)])
+    about = (
+        "A training step; fused's speed-up over eager / torch.compile / its mode max-autotune /"
+        " share of the matrix products alone. Bytes kept: an output element, the median of the"
+        " norms, eager → fused."
+    )
+    return f"{about}\n\n{table(header, lines)}\n\n{losing_text(rows)}"
+
+
+def images_summary(rows: Sequence[Row]) -> str:
+    """A line per norm, size, layout and dtype."""
+    columns = [("forward", 0.0), ("training", 0.0), ("training", None)]
+    header = ["norm", "images", "dtype", "forward", "forward + backward"]
+    header += ["forward + backward, dropout", "bytes kept"]
+    lines = []
+    for norm, shape, layout, dtype in dict.fromkeys(
+        (r.norm, r.shape, r.layout, r.dtype) for r in rows
+    ):
+        own = select(rows, norm=norm, shape=shape, layout=layout, dtype=dtype)
+        line = [norm, size_of(own[0]).replace("×", " × "), dtype]
+        for mode, p in columns:
+            cell = [r for r in select(own, mode=mode) if (r.p == 0) == (p == 0)]
+            found = [ratios(select(cell, provider=b)) for b in BASELINES[:2]]
+            line.append(" / ".join(found) if cell else ABSENT)
+        lines.append([*line, kept(own)])
+    about = (
+        "Fused's speed-up over eager / torch.compile. Bytes kept: for backward, an element, besides"
+        " the input: eager → fused."
+    )
+    return f"{about}\n\n{table(header, lines)}\n\n{losing_text(rows)}"
+
+
+def peers_summary(rows: Sequence[Row]) -> str:
+    """A line per norm and number of columns: GB/s of each library, in a training step's parts."""
+    names = [name for name in ("fused", *BASELINES) if select(rows, provider=name)]
+    header = ["norm", "columns", *(f"{name}, backward GB/s (× step)" for name in names)]
+    lines = []
+    for norm, N in dict.fromkeys((r.norm, r.N) for r in rows):
+        own = select(rows, norm=norm, N=N)
+        line = [norm, str(N)]
+        for name in names:
+            text = _bandwidths(select(own, mode="backward"), name)
+            step = ratios(select(own, provider=name, mode="training"))
+            line.append(text if name == "fused" or text == ABSENT else f"{text} ({step})")
+        lines.append(line)
+    missing = [name for name in PEERS if name not in names]
+    about = (
+        "The norm alone, bfloat16, forward and backward: GB/s of the backward part, and in brackets"
+        " fused's speed-up over the library in the whole step."
+    )
+    if missing:
+        about += f" Not measured, because they could not be imported: {', '.join(missing)}."
+    return f"{about}\n\n{table(header, lines)}\n\n{losing_text(rows)}"
+
+
+SUMMARIES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "norm": norm_summary,
+    "linear": linear_summary,
+    "channel": channel_summary,
+    "host": host_summary,
+    "rows": rows_summary,
+    "blocks": blocks_summary,
+    "images": images_summary,
+    "peers": peers_summary,
+}

@@ -1,0 +1,131 @@
+"""Tiles that were measured on this machine's GPU, in place of those of the rules.
+
+`python -m fused tune` writes the table; it is read once, when the first rule is asked. A key is the
+kernel and what its rule depends on, never the batch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+VERSION = 1
+# GPU's name → key → rows of a tile, and its warps.
+Table = dict[str, dict[str, list[int]]]
+Rule = TypeVar("Rule", bound=Callable[..., Any])
+
+
+def table_path() -> Path | None:
+    """`FUSED_TUNING`, or ~/.cache/fused/tuning.json; None where the variable is empty or 0."""
+    given = os.environ.get("FUSED_TUNING")
+    if given is not None:
+        return None if given in ("", "0") else Path(given)
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "fused" / "tuning.json"
+
+
+def read(path: Path) -> Table:
+    """The tiles of a file.
+
+    Raises:
+        ValueError: it is not such a table.
+    """
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict) or found.get("version") != VERSION:
+        raise ValueError(f"it is not of version {VERSION}")
+    tiles: Table = found.get("tiles", {})
+    for of_gpu in tiles.values():
+        for key, tile in of_gpu.items():
+            if len(tile) != 2 or any(n < 1 or n & (n - 1) for n in tile):
+                raise ValueError(f"{key!r} has {tile}, not two powers of two")
+    return tiles
+
+
+def write(path: Path, tiles: Table) -> None:
+    """Writes a table, as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({"version": VERSION, "tiles": tiles}, indent=1) + "\n")
+    partial.replace(path)
+
+
+# What a rule was asked for and answered, while `asked` is open; tiles that `instead` asks for.
+_asked: list[tuple[str, tuple[int, int]]] | None = None
+_instead: dict[str, tuple[int, int]] = {}
+_caches: list[Any] = []
+
+
+def cached(rule: Rule) -> Rule:
+    """functools.lru_cache that `forget` clears."""
+    found = lru_cache(maxsize=4096)(rule)
+    _caches.append(found)
+    return found  # type: ignore[return-value]
+
+
+@cache
+def _table() -> Table:
+    """Empty where there is no file; a broken one is said, once."""
+    path = table_path()
+    try:
+        return read(path) if path is not None and path.is_file() else {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"fused: the tuning table {path} is not used ({error}); run 'python -m fused tune'"
+            " again or remove it",
+            stacklevel=2,
+        )
+        return {}
+
+
+def key_of(kernel: str, *parts: object) -> str:
+    """The key of a tile."""
+    return " ".join(map(str, (kernel, *parts)))
+
+
+def choose(gpu: str, key: str, rule: tuple[int, int]) -> tuple[int, int]:
+    """Rows of a tile and its warps: those that were measured on this GPU, else the rule's."""
+    if _asked is not None:
+        _asked.append((key, rule))
+    if key in _instead:
+        return _instead[key]
+    found = _table().get(gpu, {}).get(key) if gpu else None
+    return (found[0], found[1]) if found else rule
+
+
+def forget() -> None:
+    """Reads the table again, and asks the rules again."""
+    _table.cache_clear()
+    for rule in _caches:
+        rule.cache_clear()
+
+
+@contextmanager
+def asked() -> Iterator[list[tuple[str, tuple[int, int]]]]:
+    """What the rules are asked inside the block, and what they answer without a table."""
+    global _asked  # noqa: PLW0603
+    _asked = []
+    forget()
+    try:
+        yield _asked
+    finally:
+        _asked = None
+
+
+@contextmanager
+def instead(tiles: dict[str, tuple[int, int]]) -> Iterator[None]:
+    """Other tiles inside the block, by key."""
+    _instead.update(tiles)
+    for rule in _caches:
+        rule.cache_clear()
+    try:
+        yield
+    finally:
+        _instead.clear()
+        for rule in _caches:
+            rule.cache_clear()
