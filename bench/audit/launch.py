@@ -28,6 +28,7 @@ _POINTERS = {
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
+_HALVES = (torch.bfloat16, torch.float16)
 # What a program treats at once, by the names of the kernels' constants.
 _TILES = (("UNITS", "RUN"), ("BLOCK_M", "BLOCK_N"), ("BLOCK_G", "BLOCK_E"))
 # Tensors of a kernel that are as large as its problem; the sums of programs where there is no
@@ -73,13 +74,20 @@ class Launch:
     @property
     def aligned(self) -> bool:
         """Whether rows and addresses allow 16-byte accesses, by the hint that the kernel gets."""
-        if "ALIGN" not in self.arguments or not self.streams:
+        hints = [value for name, value in self.arguments.items() if name.startswith("ALIGN")]
+        if not hints or not self.streams:
             return False
         itemsize = self.streams[0].element_size()
         tensors = (self.arguments[name] for name in self.present)
-        return self.arguments["ALIGN"] * itemsize == 16 and all(
+        return all(hint * itemsize == 16 for hint in hints) and all(
             t.data_ptr() % 16 == 0 for t in tensors
         )
+
+    @property
+    def exact(self) -> bool:
+        """Whether the kernel asks for float32 products in full: no matrix unit makes them."""
+        narrow = any(self.arguments[name].dtype in _HALVES for name in self.present)
+        return self.arguments.get("PRECISION") == "ieee" and not narrow
 
     def source(self) -> ASTSource:
         """The source as Triton's own launch would specialise it: types, 16-byte addresses, None."""

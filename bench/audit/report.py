@@ -21,7 +21,7 @@ class Measured:
     `per_thread`: elements of a tile that a thread treats, 0 where unknown. `element_bytes`: what
     the tensors as large as the problem have for each element. `tile_rows`: BLOCK_M, 0 where the
     kernel has none. `writes`, `masked`, `sums`: whether the launch writes such a tensor, has a mask
-    of one byte a position, and leaves partial sums.
+    of one byte a position, and leaves partial sums. `exact`: as `Launch.exact`.
     """
 
     kernel: str
@@ -36,6 +36,7 @@ class Measured:
     writes: bool
     masked: bool
     sums: bool
+    exact: bool
     binary: Binary
 
     @classmethod
@@ -56,6 +57,7 @@ class Measured:
             writes=any(name in launch.present for name in OUTPUTS),
             masked="mask_ptr" in launch.present,
             sums=PARTIAL in launch.present,
+            exact=launch.exact,
             binary=binary,
         )
 

@@ -127,6 +127,10 @@ def markdown_of_exceptions() -> str:
         for kernel, (limit, reason) in exceptions.SPILLS.items()
     ]
     lines += [
+        [f"triton {version}", f"{limit} spilled words and bytes", reason]
+        for version, (limit, reason) in exceptions.SPILLS_OF_VERSION.items()
+    ]
+    lines += [
         [f"`{kernel}`", f"{limit} loads of fewer than 4 bytes", reason]
         for kernel, (limit, reason) in exceptions.NARROW_LOADS.items()
     ]

@@ -34,7 +34,8 @@ def measure(launch: Launch, target: str = "sm_90") -> Measured:
 
 def closed(measured: Measured) -> set[str]:
     """The gates that close on a binary."""
-    return {name for name in OF_BINARIES if gates.GATES[name](Report(binaries=[measured]))}
+    report = Report(triton="3.7.1", binaries=[measured])
+    return {name for name in OF_BINARIES if gates.GATES[name](report)}
 
 
 def with_arguments(launch: Launch, **different: Any) -> Launch:
@@ -64,8 +65,18 @@ def test_spills_close_beyond_the_exception(
     """The held backward may put an address aside, outside its loop; the row kernel nothing."""
     binary = replace(sound.binary, spills=spilled, body_spills=inside)
     held = replace(sound, kernel="_channel_held_bwd_kernel", binary=binary)
-    assert bool(gates.GATES["spills"](Report(binaries=[held]))) == closes
-    assert gates.GATES["spills"](Report(binaries=[replace(held, kernel=sound.kernel)]))
+    report = Report(triton="3.7.1", binaries=[held])
+    assert bool(gates.GATES["spills"](report)) == closes
+    assert gates.GATES["spills"](replace(report, binaries=[replace(held, kernel=sound.kernel)]))
+
+
+def test_a_word_put_aside_passes_for_the_listed_version_alone(sound: Measured) -> None:
+    word = replace(sound, binary=replace(sound.binary, spills=10, body_spills=2))
+    report = Report(triton="3.6.0", binaries=[word])
+    assert not gates.GATES["spills"](report)
+    assert gates.GATES["spills"](replace(report, triton="3.7.1"))
+    more = replace(word, binary=replace(word.binary, spills=11))
+    assert gates.GATES["spills"](replace(report, binaries=[more]))
 
 
 def test_widths_close_on_a_kernel_that_is_not_told_the_alignment() -> None:
@@ -103,22 +114,38 @@ def test_conversions_close_on_a_row_that_is_rearranged() -> None:
 
 
 @triton.jit
-def _product_kernel(a_ptr, b_ptr, y_ptr, PRECISION: tl.constexpr):
+def _product_kernel(a_ptr, b_ptr, y_ptr, HOW: tl.constexpr):
     i = tl.arange(0, 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    product = tl.dot(tl.load(a_ptr + i), tl.load(b_ptr + i), input_precision=PRECISION)
+    product = tl.dot(tl.load(a_ptr + i), tl.load(b_ptr + i), input_precision=HOW)
     tl.store(y_ptr + i, product)
 
 
 def test_matrix_closes_on_a_product_without_matrix_units() -> None:
     tensors = {name: pointer(1024) for name in ("a_ptr", "b_ptr", "y_ptr")}
-    spoiled = measure(launch_of(_product_kernel, **tensors, PRECISION="ieee"))
+    spoiled = measure(launch_of(_product_kernel, **tensors, HOW="ieee"))
     assert spoiled.binary.products and closed(spoiled) == {"matrix"}
+    assert closed(replace(spoiled, exact=True)) == set()
+
+
+@pytest.mark.parametrize(
+    "dtype, precision, exact",
+    [
+        (torch.float32, "ieee", True),
+        (torch.float32, "tf32", False),
+        (torch.bfloat16, "ieee", False),
+    ],
+)
+def test_only_float32_is_exempt_from_matrix_units(
+    dtype: torch.dtype, precision: str, exact: bool
+) -> None:
+    tensors = {name: pointer(1024, dtype) for name in ("a_ptr", "b_ptr", "y_ptr")}
+    assert launch_of(_product_kernel, **tensors, PRECISION=precision).exact == exact
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_matrix_units_are_seen(target: str) -> None:
     halves = {name: pointer(1024, torch.float16) for name in ("a_ptr", "b_ptr")}
-    launch = launch_of(_product_kernel, **halves, y_ptr=pointer(1024), PRECISION="tf32")
+    launch = launch_of(_product_kernel, **halves, y_ptr=pointer(1024), HOW="tf32")
     found = measure(launch, target)
     assert found.binary.matrix and closed(found) == set()
     assert headroom(found) is None
@@ -172,9 +199,7 @@ def test_traffic_closes_on_a_call_that_reads_again_in_another_kernel() -> None:
 
 def test_compiles_closes_on_what_does_not() -> None:
     with pytest.raises(RuntimeError, match="_product_kernel for sm_90"):
-        compiled(
-            launch_of(_product_kernel, a_ptr=1.0, b_ptr=1.0, y_ptr=1.0, PRECISION="x"), "sm_90"
-        )
+        compiled(launch_of(_product_kernel, a_ptr=1.0, b_ptr=1.0, y_ptr=1.0, HOW="x"), "sm_90")
     assert gates.GATES["compiles"](Report(failed=["a"])) == ["a"]
 
 
