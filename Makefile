@@ -7,7 +7,8 @@ TESTS ?= tests
 SANITIZE_TESTS ?= tests/test_row.py tests/test_channel.py tests/test_channel_memory.py \
   tests/test_channel_values.py tests/test_dropout.py tests/test_memory.py
 BIN := .venv/bin
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(CSRC) $(wildcard tests/cuda/emulation/*.h)
 EXTENSION := fused/_C.abi3.so
 
 .PHONY: help setup demo test lint format bench audit sanitize clean
@@ -46,12 +47,12 @@ lint: setup ## ruff, mypy on the installed package, clang-format
 	rm -rf .cache/mypy-site build/lib*
 	FUSED_NO_EXT=1 $(BIN)/pip install --quiet --no-build-isolation --no-deps --target .cache/mypy-site .
 	cd .cache/mypy-site && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p fused
-	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: setup ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 bench: setup ## measure against eager and torch.compile
 	$(BIN)/python -m bench --max-autotune

@@ -1,14 +1,18 @@
-"""Builds the C++ kernels, fused/_C.abi3.so; everything else about the package is in pyproject.toml.
+"""Builds the C++ and CUDA C++ kernels; everything else about the package is in pyproject.toml.
 
-The library uses libtorch's stable ABI and no Python API, so one build serves every torch ≥ 2.11 and
-every Python, and fused/backend.py loads it with `torch.ops.load_library`. It is optional: where it
-cannot be built the package is installed without it, and one sentence says why and what to do.
+fused/_C.abi3.so, for CPUs, uses libtorch's stable ABI and no Python API, so one build serves every
+torch ≥ 2.11 and every Python. fused/_cuda.abi3.so, for GPUs, has a plain C interface; it takes nvcc
+and a torch for CUDA. Both are optional: where one cannot be built the package is installed without
+it, and one sentence says why and what to do.
 
 Read from the environment:
-    FUSED_NO_EXT=1      do not build it
-    MAX_JOBS            how many files are compiled at a time (default: the number of CPUs)
-    CXX                 the compiler (default: g++, then clang++)
-    FUSED_SANITIZE      sanitizers, as in -fsanitize= (make sanitize)
+    FUSED_NO_EXT=1          build neither
+    FUSED_CUDA              1: build the CUDA C++ kernels even for a torch without CUDA; 0: do not
+    TORCH_CUDA_ARCH_LIST    the GPUs to build for, as in "8.0;9.0+PTX" (default: 8.0, 9.0, 10.0+PTX)
+    CUDA_HOME               where bin/nvcc is (default: the PATH, then /usr/local/cuda)
+    MAX_JOBS                how many files are compiled at a time (default: the number of CPUs)
+    CXX                     the compiler (default: g++, then clang++)
+    FUSED_SANITIZE          sanitizers, as in -fsanitize= (make sanitize), of the C++ kernels
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,6 +36,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+AGAIN = "and run 'pip install --no-build-isolation .' again"
 
 COMMON_FLAGS = [
     "-std=c++20",
@@ -76,6 +82,14 @@ if IS_X86:
         **SOURCES,
     }
 
+CUDA_SOURCES: dict[str, list[str]] = {
+    f"csrc/cuda/{name}.cu": [] for name in ("channel", "row", "sums", "errors")
+}
+CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+# Ampere, Hopper and Blackwell of data centres; the code of 8.0 also serves 8.6 and 8.9, and the
+# PTX whatever is newer.
+CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0")
+
 
 def find_compiler() -> list[str] | None:
     """The compiler's command, or None."""
@@ -93,17 +107,64 @@ def find_torch() -> Path | None:
 
 def why_not() -> str:
     """Why the extension cannot be built here and the remedy; empty if it can be tried."""
-    again = "and run 'pip install --no-build-isolation .' again"
     if os.environ.get("FUSED_NO_EXT") == "1":
-        return "FUSED_NO_EXT=1 is set; unset it " + again
+        return "FUSED_NO_EXT=1 is set; unset it " + AGAIN
     if find_torch() is None:
-        return "torch is not installed where the package is built; install torch " + again
+        return "torch is not installed where the package is built; install torch " + AGAIN
     version = metadata.version("torch")
     if tuple(int(part) for part in version.split(".")[:2]) < (2, 11):
-        return f"torch {version} is too old; install torch 2.11 or newer {again}"
+        return f"torch {version} is too old; install torch 2.11 or newer {AGAIN}"
     if find_compiler() is None:
-        return f"no C++ compiler was found; install g++ or set CXX {again}"
+        return f"no C++ compiler was found; install g++ or set CXX {AGAIN}"
     return ""
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    names = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def cuda_of_torch() -> str | None:
+    """The CUDA version that the installed torch is for, or None."""
+    torch = find_torch()
+    text = (torch / "version.py").read_text() if torch else ""
+    found = re.search(r"^cuda\b.*= '(.+)'", text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def why_not_cuda() -> str:
+    """Why the CUDA C++ kernels cannot be built here and the remedy; empty if it can be tried."""
+    if os.environ.get("FUSED_NO_EXT") == "1":
+        return "FUSED_NO_EXT=1 is set; unset it " + AGAIN
+    if os.environ.get("FUSED_CUDA") == "0":
+        return "FUSED_CUDA=0 is set; unset it " + AGAIN
+    if os.environ.get("FUSED_CUDA") != "1" and cuda_of_torch() is None:
+        return f"the installed torch is not for CUDA; install another or set FUSED_CUDA=1 {AGAIN}"
+    if find_nvcc() is None:
+        return f"nvcc was not found; install CUDA's compiler or set CUDA_HOME {AGAIN}"
+    return ""
+
+
+def architecture_flags(nvcc: str) -> list[str]:
+    """What to compile for, by TORCH_CUDA_ARCH_LIST or by default, as nvcc's flags."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not listed:
+        known = run([nvcc, "--list-gpu-arch"]).stdout.split()
+        listed = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
+        listed[-1] += "+PTX"
+    flags = []
+    for architecture in listed:
+        found = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", architecture)
+        if not found:
+            raise OSError(
+                f"TORCH_CUDA_ARCH_LIST has {architecture!r}; expected e.g. 9.0 or 9.0+PTX"
+            )
+        number = found[1] + found[2]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if found[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
 
 
 def say(sentence: str) -> None:
@@ -111,8 +172,11 @@ def say(sentence: str) -> None:
     sys.stderr.flush()
 
 
-def say_without(reason: str) -> None:
-    say(f"installing without the C++ kernels, so CPU tensors run in plain torch: {reason}.")
+def say_without(reason: str, cuda: bool = False) -> None:
+    if cuda:
+        say(f"installing without the CUDA C++ kernels, so GPUs need Triton: {reason}.")
+    else:
+        say(f"installing without the C++ kernels, so CPU tensors run in plain torch: {reason}.")
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -120,21 +184,64 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 class BuildPy(build_py):
-    """Says, in the commands that build something, why the extension is not built."""
+    """Says, in the commands that build something, why an extension is not built."""
 
     def run(self) -> None:
         super().run()
-        if not self.distribution.ext_modules:
+        if why_not():
             say_without(why_not())
+        if why_not_cuda():
+            say_without(why_not_cuda(), cuda=True)
+
+
+def build_library(
+    compiler: list[str],
+    flags: list[str],
+    sources: dict[str, list[str]],
+    link_flags: list[str],
+    target: Path,
+) -> None:
+    """Compiles the sources in parallel, only those that changed, and links one library.
+
+    Each source has the flags that it alone gets.
+    """
+    # Objects outlive pip's temporary folders, one set for each compiler, torch and flags.
+    version = run([*compiler, "--version"]).stdout
+    key = repr((version, find_torch() and metadata.version("torch"), flags, sources))
+    objects = ROOT / "build" / f"objects-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    objects.mkdir(parents=True, exist_ok=True)
+    folders = {"csrc", "csrc/cpu", *(str(Path(source).parent) for source in sources)}
+    headers = [p for folder in folders for p in (ROOT / folder).glob("*.*h")]
+    newest_header = max(p.stat().st_mtime for p in headers)
+
+    def compile_one(source: str) -> Path:
+        path, output = ROOT / source, objects / Path(source.replace("/", "_")).with_suffix(".o")
+        changed = max(newest_header, path.stat().st_mtime)
+        if not output.exists() or output.stat().st_mtime < changed:
+            started, partial = time.monotonic(), output.with_suffix(f".{os.getpid()}")
+            say(f"compiling {source}")
+            command = [*compiler, *flags, *sources[source], "-c", str(path), "-o", str(partial)]
+            print(run(command).stderr, file=sys.stderr, end="")
+            partial.replace(output)
+            say(f"compiled {source} in {time.monotonic() - started:.0f} s")
+        return output
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        built = [str(output) for output in pool.map(compile_one, sources)]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Replaced as a whole: a process that has the old library loaded keeps it.
+    partial = target.with_suffix(f".{os.getpid()}")
+    run([*compiler, *built, *link_flags, "-o", str(partial)])
+    partial.replace(target)
 
 
 class BuildExtension(build_ext):
-    """Compiles the sources in parallel, only those that changed, and links one library."""
+    """Builds one of the two libraries; goes on without it where that fails."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         try:
-            self.build_library(target)
+            (build_cuda_kernels if ext.name == "fused._cuda" else build_cpu_kernels)(target)
         except (subprocess.CalledProcessError, OSError) as error:
             output = (getattr(error, "stderr", None) or str(error)).strip()
             print(output, file=sys.stderr)
@@ -143,59 +250,48 @@ class BuildExtension(build_ext):
             target.unlink(missing_ok=True)
             if self.inplace or self.editable_mode:
                 (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
-            say_without(
-                "the compiler failed (its messages are above; pip shows them with -v); install"
-                " g++ 11 or newer and run 'pip install --no-build-isolation .' again"
-            )
-
-    def build_library(self, target: Path) -> None:
-        compiler, torch = find_compiler(), find_torch()
-        assert compiler and torch
-        sanitizers = os.environ.get("FUSED_SANITIZE", "")
-        mode = ["-O2"]  # the loops are vectors already; -O3 only makes the build three times longer
-        if sanitizers:
-            mode = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-        flags = [*COMMON_FLAGS, *mode, *([] if IS_X86 else ["-DFUSED_PORTABLE_ONLY"])]
-        for include in ("include", "include/torch/csrc/api/include"):
-            flags += ["-isystem", str(torch / include)]
-        link_flags = [*mode, "-shared", f"-L{torch / 'lib'}", "-ltorch_cpu"]
-        if sys.platform == "linux" and not sanitizers:
-            link_flags += ["-Wl,-z,defs"]  # a missing symbol fails here, not when it is loaded
-
-        # Objects outlive pip's temporary folders, one set for each compiler, torch and flags.
-        version = run([*compiler, "--version"]).stdout
-        key = repr((version, metadata.version("torch"), flags, SOURCES))
-        objects = ROOT / "build" / f"objects-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-        objects.mkdir(parents=True, exist_ok=True)
-        csrc = ROOT / "csrc"
-        newest_header = max(p.stat().st_mtime for g in ("*.h", "*.inc") for p in csrc.rglob(g))
-
-        def compile_one(source: str) -> Path:
-            path, output = ROOT / source, objects / source.replace("/", "_").replace(".cpp", ".o")
-            changed = max(newest_header, path.stat().st_mtime)
-            if not output.exists() or output.stat().st_mtime < changed:
-                started, partial = time.monotonic(), output.with_suffix(f".{os.getpid()}")
-                say(f"compiling {source}")
-                command = [*compiler, *flags, *SOURCES[source], "-c", str(path), "-o", str(partial)]
-                print(run(command).stderr, file=sys.stderr, end="")
-                partial.replace(output)
-                say(f"compiled {source} in {time.monotonic() - started:.0f} s")
-            return output
-
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            built = [str(output) for output in pool.map(compile_one, SOURCES)]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Replaced as a whole: a process that has the old library loaded keeps it.
-        partial = target.with_suffix(f".{os.getpid()}")
-        run([*compiler, *built, *link_flags, "-o", str(partial)])
-        partial.replace(target)
+            failed = "the compiler failed (its messages are above; pip shows them with -v); install"
+            cuda = ext.name == "fused._cuda"
+            say_without(f"{failed} {'CUDA 12' if cuda else 'g++ 11'} or newer {AGAIN}", cuda)
 
 
-# `optional`: setuptools goes on when the library is missing.
-extension = Extension("fused._C", sources=list(SOURCES), py_limited_api=True, optional=True)
-buildable = not why_not()
+def build_cpu_kernels(target: Path) -> None:
+    compiler, torch = find_compiler(), find_torch()
+    assert compiler and torch
+    sanitizers = os.environ.get("FUSED_SANITIZE", "")
+    mode = ["-O2"]  # the loops are vectors already; -O3 only makes the build three times longer
+    if sanitizers:
+        mode = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    flags = [*COMMON_FLAGS, *mode, *([] if IS_X86 else ["-DFUSED_PORTABLE_ONLY"])]
+    for include in ("include", "include/torch/csrc/api/include"):
+        flags += ["-isystem", str(torch / include)]
+    link_flags = [*mode, "-shared", f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    if sys.platform == "linux" and not sanitizers:
+        link_flags += ["-Wl,-z,defs"]  # a missing symbol fails here, not when it is loaded
+    build_library(compiler, flags, SOURCES, link_flags, target)
+
+
+def build_cuda_kernels(target: Path) -> None:
+    nvcc = find_nvcc()
+    assert nvcc
+    flags = [*CUDA_FLAGS, *architecture_flags(nvcc)]
+    if os.environ.get("CXX"):
+        flags.append(f"-ccbin={shlex.split(os.environ['CXX'])[0]}")
+    # With CUDA's runtime inside, the library loads where only the driver is, or not even that.
+    build_library([nvcc], flags, CUDA_SOURCES, ["-shared", "-cudart=static"], target)
+
+
+# `optional`: setuptools goes on when a library is missing.
+extensions = [
+    Extension(name, sources=list(sources), py_limited_api=True, optional=True)
+    for name, sources, reason in (
+        ("fused._C", SOURCES, why_not()),
+        ("fused._cuda", CUDA_SOURCES, why_not_cuda()),
+    )
+    if not reason
+]
 setup(
-    ext_modules=[extension] if buildable else [],
+    ext_modules=extensions,
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPy},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if buildable else {},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
 )

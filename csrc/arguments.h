@@ -12,9 +12,6 @@ namespace fused {
 
 using OptionalTensor = std::optional<torch::stable::Tensor>;
 
-// Which sums the backward operators make (fused/ops.py).
-constexpr int64_t kWantNormWeight = 1, kWantNormBias = 2, kWantBias = 4;
-
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kGrain = 16384;
 

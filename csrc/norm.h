@@ -9,6 +9,8 @@
 // none also rstd = 1, mean(g·x̂) = 0, so one formula serves the three.
 #pragma once
 
+#include "device.h"
+
 namespace fused::FUSED_TARGET {
 
 template <class V>
@@ -17,13 +19,14 @@ struct RowStatistics {
 };
 
 template <class V>
-inline V normalize(V x, const RowStatistics<V>& row) {
+FUSED_DEVICE inline V normalize(V x, const RowStatistics<V>& row) {
   // The difference first: folding mean·rstd into one addend loses digits where mean ≫ deviation.
   return (x - row.mean) * row.rstd;
 }
 
 template <class V>
-inline V normalize_gradient(V g, V normalized, V mean_g, V mean_gx, const RowStatistics<V>& row) {
+FUSED_DEVICE inline V normalize_gradient(V g, V normalized, V mean_g, V mean_gx,
+                                         const RowStatistics<V>& row) {
   return (g - mean_g - normalized * mean_gx) * row.rstd;
 }
 

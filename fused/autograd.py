@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, synchronize
+from .backend import request
 from .layout import Layout, apply_layout, undo_layout
 from .spec import ACTIVATION_NAMES, NORM_NAMES, ChannelEpilogue, Epilogue
 
@@ -50,6 +51,23 @@ def contiguous_rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def _asked(t: Tensor) -> str | None:
+    """The backend asked for, where backward must be told: it has threads of its own for GPUs."""
+    # The compiler cannot read a request.
+    return request.get() if t.is_cuda and not torch.compiler.is_dynamo_compiling() else None
+
+
+def _call(asked: str | None, operator: Callable[..., Any], *args: Any) -> Any:
+    """Calls an operator in backward as if what `_asked` gave in forward were asked for here."""
+    if asked is None or asked == request.get():
+        return operator(*args)
+    before = request.set(asked)
+    try:
+        return operator(*args)
+    finally:
+        request.reset(before)
+
+
 class RowFunction(torch.autograd.Function):
     """y = residual + dropout(activation(norm(z))) over (rows, cols).
 
@@ -72,7 +90,7 @@ class RowFunction(torch.autograd.Function):
         ctx.save_for_backward(z, norm_weight, norm_bias, statistics, seed)
         # Not saved: its value is not needed, so it may change; double backward needs its place.
         ctx.bias = bias
-        ctx.codes = codes
+        ctx.codes, ctx.asked = codes, _asked(z)
         return y
 
     @staticmethod
@@ -93,8 +111,8 @@ class RowFunction(torch.autograd.Function):
                 inputs, needs[:4], seed, ctx.codes, dy
             )
         else:
-            dz, dnorm_weight, dnorm_bias, dbias = ops.row_backward(
-                contiguous_rows(dy),
+            dz, dnorm_weight, dnorm_bias, dbias = _call(
+                *(ctx.asked, ops.row_backward, contiguous_rows(dy)),
                 *(z, None, norm_weight, norm_bias, statistics, seed, wanted),
                 *ctx.codes,
             )
@@ -197,7 +215,7 @@ class ChannelFunction(torch.autograd.Function):
         # x and not its view z, which double backward could not follow to x.
         ctx.save_for_backward(x, norm_weight, norm_bias, *statistics, mask, seed)
         ctx.bias, ctx.codes, ctx.layout, ctx.group = bias, codes, layout, group
-        ctx.constant = constant
+        ctx.constant, ctx.asked = constant, _asked(z)
         y = undo_layout(y, layout)
         if not learns:
             return y
@@ -239,18 +257,21 @@ class ChannelFunction(torch.autograd.Function):
                 inputs, needs[:4], statistics, mask, seed, codes, dy
             )
         elif ctx.group is not None:
-            sums = ops.channel_sums(dy, z, mean, variance, *parameters, *codes)
+            statistics = mean, variance
+            sums = _call(ctx.asked, ops.channel_sums, dy, z, *statistics, *parameters, *codes)
             # Of this process alone, as for any parameter: DistributedDataParallel averages them.
             dnorm_weight = sums[1].to(norm_weight.dtype) if needs[2] else None
             dnorm_bias = sums[0].to(norm_bias.dtype) if needs[3] else None
             total = synchronize.add_up(sums, ctx.group)
-            given = (mean, variance, total, count, *parameters)
-            dz = ops.channel_gradient(dy, z, *given, *codes)
+            given = (*statistics, total, count, *parameters)
+            dz = _call(ctx.asked, ops.channel_gradient, dy, z, *given, *codes)
         else:
             if count is not None and not count.numel():
                 count = None
             known = (mean, variance, count, *parameters, wanted, ctx.constant)
-            dz, dnorm_weight, dnorm_bias, dbias = ops.channel_backward(dy, z, *known, *codes)
+            dz, dnorm_weight, dnorm_bias, dbias = _call(
+                ctx.asked, ops.channel_backward, dy, z, *known, *codes
+            )
         gradients[0] = undo_layout(dz, layout) if needs[0] else None
         gradients[1] = dbias if needs[1] else None
         gradients[2] = dnorm_weight if needs[2] else None

@@ -1,6 +1,7 @@
 """Which backend serves a device and dtype, and the sentence that says why not a faster one.
 
     triton     CUDA tensors: float32, bfloat16, float16
+    cuda       the same and float64, by CUDA C++, where Triton does not serve
     cpp        CPU tensors: float32, bfloat16, float16, float64
     reference  everything else, in plain torch
 
@@ -24,12 +25,14 @@ from pathlib import Path
 
 import torch
 
+from . import cuda_library
 from . import ops as _ops
 
 BACKENDS = ("auto", "triton", "cuda", "cpp", "reference")
 _DTYPES = {
     "cpp": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
 }
 _DEVICE_OF = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
 _EXTENSION = Path(__file__).parent / "_C.abi3.so"
@@ -103,38 +106,55 @@ def poison_outputs(on: bool) -> None:
         _extension.fused_poison_outputs(int(on))
 
 
-@lru_cache(maxsize=1)
-def _triton_reason() -> str:
-    """Why Triton cannot be used, or the empty string. Tries it once, on a real tensor."""
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if find_spec("triton") is None:
-        return "triton is not installed; run 'pip install triton'"
+def _first_kernel(launchers: _ops.Launchers) -> str:
+    """What goes wrong with a first kernel on a real tensor, or the empty string."""
     try:
-        from .kernels.row import row_forward
-
         z = torch.zeros(1, 16, device="cuda")
-        row_forward(z, None, None, None, None, None, 1, 1e-5, 0, 0.0, 0.0, 0)
+        launchers["row_forward"](z, None, None, None, None, None, 1, 1e-5, 0, 0.0, 0.0, 0)
     # Everything: Triton raises its own exceptions, the compiler's, the driver's and torch's.
     except Exception as error:
         text = str(error).strip()
-        first = text.splitlines()[0] if text else type(error).__name__
-        return f"a first Triton kernel failed ({first}); check the driver and the C compiler"
+        return text.splitlines()[0] if text else type(error).__name__
     return ""
+
+
+@lru_cache(maxsize=2)
+def _gpu_reason(backend: str) -> str:
+    """Why Triton, or the CUDA C++ kernels, cannot be used, or the empty string. Tries them once."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if backend == "triton":
+        if find_spec("triton") is None:
+            return "triton is not installed; run 'pip install triton'"
+        failed, remedy = _first_kernel(_ops.TRITON), "check the driver and the C compiler"
+    else:
+        library, reason = cuda_library.load()
+        if library is None:
+            return reason
+        failed, remedy = _first_kernel(_cuda_cpp()), "build them for this GPU and its driver"
+    kind = "Triton" if backend == "triton" else "CUDA C++"
+    return f"a first {kind} kernel failed ({failed}); {remedy}" if failed else ""
+
+
+@lru_cache(maxsize=1)
+def _cuda_cpp() -> _ops.Launchers:
+    """The launchers of the CUDA C++ kernels, imported at the first use."""
+    from . import cuda_channel, cuda_channel_backward, cuda_row
+
+    modules = (cuda_row, cuda_channel, cuda_channel_backward)
+    return {n: getattr(m, n) for n in _ops.OPERATORS for m in modules if n in m.__dict__}
 
 
 def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str:
     """The sentence that says why a backend cannot serve this device and dtype; empty if it can."""
     if backend == "reference":
         return ""
-    if backend == "cuda":
-        return "this build has no CUDA C++ kernels; use triton"
     if device_type != _DEVICE_OF[backend]:
         return f"{backend} serves {_DEVICE_OF[backend]} tensors, not {device_type}"
     if dtype not in _DTYPES[backend]:
         served = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[backend])
         return f"{backend} serves {served}, not {str(dtype).removeprefix('torch.')}"
-    return _extension_reason if backend == "cpp" else _triton_reason()
+    return _extension_reason if backend == "cpp" else _gpu_reason(backend)
 
 
 def requested() -> str:
@@ -184,6 +204,36 @@ def choose(device_type: str, dtype: torch.dtype) -> str:
         backend = _chosen[key] = _choose(*key)
     return backend
 
+
+# (request, dtype) → launchers.
+_cuda_launchers: dict[tuple[str, torch.dtype], _ops.Launchers] = {}
+
+
+def cuda_launchers(dtype: torch.dtype) -> _ops.Launchers:
+    """The launchers of the operators for CUDA tensors of this dtype, by what is asked for here.
+
+    Raises:
+        RuntimeError: no kernel serves it.
+    """
+    key = (request.get(), dtype)
+    found = _cuda_launchers.get(key)
+    if found is None:
+        found = _cuda_launchers[key] = _find_launchers(*key)
+    return found
+
+
+def _find_launchers(name: str, dtype: torch.dtype) -> _ops.Launchers:
+    # Whoever calls an operator has chosen it: backward of what forward did under another request
+    # does, and then "reference" is no answer.
+    for asked in (name, "auto"):
+        for backend, why in _reasons(asked, "cuda", dtype).items():
+            if not why and backend in ("triton", "cuda"):
+                return _ops.TRITON if backend == "triton" else _cuda_cpp()
+    why = "; ".join(f"{b}: {reason}" for b, reason in _reasons("auto", "cuda", dtype).items())
+    raise RuntimeError(f"fused: no kernel serves cuda {str(dtype).removeprefix('torch.')} ({why})")
+
+
+_ops.cuda_launchers = cuda_launchers
 
 # The compiler takes what these two return for constant, as if marked with
 # torch.compiler.assume_constant_result, which would import all of it; the argument is its guard.

@@ -1,4 +1,4 @@
-"""The raw operators: schemas, fake kernels, and the Triton implementations.
+"""The raw operators: schemas, fake kernels, and what serves CUDA tensors.
 
 The C++ implementations register themselves when the extension is loaded (csrc/row.cpp and
 csrc/channel.cpp). The operators are opaque to torch.compile and know nothing of autograd
@@ -7,7 +7,7 @@ csrc/channel.cpp). The operators are opaque to torch.compile and know nothing of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -192,7 +192,7 @@ def _(dy, z, *rest):
     return z.new_empty(z.shape)
 
 
-# ---- CUDA tensors: Triton; kernels/ is imported at the first call, not at import ----
+# ---- Triton's launchers; kernels/ is imported at the first call, not at import ----
 
 
 def _triton_row_forward(z: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -226,22 +226,44 @@ def _triton_channel_apply_(z: Tensor, *args: Any) -> None:
     channel_apply(z, *args, out=z)
 
 
-_library.impl("row_forward", _triton_row_forward, "CUDA")
-_library.impl("row_forward_", _triton_row_forward_, "CUDA")
-_library.impl("row_backward", _triton_row_backward, "CUDA")
-
-_library.impl("channel_apply_", _triton_channel_apply_, "CUDA")
-
 # Those whose launcher in kernels/channel.py has the operator's name and arguments.
 CHANNEL_LAUNCHERS = tuple(
     f"channel_{name}" for name in ("statistics", "forward", "apply", "backward", "sums", "gradient")
 )
-for _name in CHANNEL_LAUNCHERS:
-    _library.impl(_name, _triton_channel(_name), "CUDA")
+Launchers = Mapping[str, Callable[..., Any]]
+TRITON: Launchers = {
+    "row_forward": _triton_row_forward,
+    "row_forward_": _triton_row_forward_,
+    "row_backward": _triton_row_backward,
+    "channel_apply_": _triton_channel_apply_,
+    **{name: _triton_channel(name) for name in CHANNEL_LAUNCHERS},
+}
+OPERATORS = ("row_forward", "row_forward_", "row_backward", *CHANNEL_LAUNCHERS, "channel_apply_")
+
+# ---- CUDA tensors ----
+
+
+def _triton_alone(dtype: torch.dtype) -> Launchers:
+    return TRITON
+
+
+# Whose launchers serve CUDA tensors of a dtype; backend.py, which knows what is asked for and what
+# works, puts its own function here.
+cuda_launchers: Callable[[torch.dtype], Launchers] = _triton_alone
+
+
+def _for_cuda(name: str) -> Callable[..., Any]:
+    def call(first: Tensor, *args: Any) -> Any:
+        return cuda_launchers(first.dtype)[name](first, *args)
+
+    return call
+
+
+for _name in OPERATORS:
+    _library.impl(_name, _for_cuda(_name), "CUDA")
 
 # Differentiation is autograd.py's; without this, torch's fallback for operators that have none
 # would look through the arguments at every call.
-OPERATORS = ("row_forward", "row_forward_", "row_backward", *CHANNEL_LAUNCHERS, "channel_apply_")
 for _name in OPERATORS:
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 

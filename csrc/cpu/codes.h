@@ -1,6 +1,8 @@
 // The codes of norms, activations and storage types, as the operators and kernels share them.
 #pragma once
 
+#include <cstdint>
+
 namespace fused {
 
 // fused/spec.py
@@ -9,5 +11,8 @@ constexpr int kActivations = 16;
 
 enum class Storage : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 constexpr int kStorages = 4;
+
+// Which sums the backward operators make (fused/ops.py).
+constexpr int64_t kWantNormWeight = 1, kWantNormBias = 2, kWantBias = 4;
 
 }  // namespace fused

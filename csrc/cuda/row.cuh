@@ -1,0 +1,73 @@
+// What the row kernels share: one thread's part of a row, and what is known of its columns.
+#pragma once
+
+#include "epilogue.cuh"
+#include "row.h"
+#include "team.cuh"
+
+namespace fused::cuda {
+
+// Calls body(first column, columns) for the packs of a row that fall to this thread of its team.
+template <class T, class F>
+__device__ inline void for_each_pack(int64_t cols, const F& body) {
+  constexpr int N = kPack<T>;
+  for (int64_t i = static_cast<int64_t>(threadIdx.x) * N; i < cols;
+       i += static_cast<int64_t>(blockDim.x) * N) {
+    body(i, static_cast<int>(cols - i < N ? cols - i : N));
+  }
+}
+
+// Columns of a parameter from i on; `absent` where there is none.
+template <class T>
+__device__ inline void load_columns(const void* data, bool wide, Compute<T> absent, int64_t i,
+                                    bool whole, int count, Compute<T> (&out)[kPack<T>]) {
+  if (!data) {
+#pragma unroll
+    for (int k = 0; k < kPack<T>; ++k) out[k] = absent;
+  } else if (wide) {
+    load_pack(static_cast<const Compute<T>*>(data) + i, whole, count, out);
+  } else {
+    load_pack(static_cast<const T*>(data) + i, whole, count, out);
+  }
+}
+
+// The parameters of a pack of columns. −0 leaves every number as it is, also −0.
+template <class T>
+struct RowParameters {
+  using C = Compute<T>;
+  C weight[kPack<T>], shift[kPack<T>], bias[kPack<T>];
+
+  __device__ void load_bias(const RowProblem& p, int64_t i, bool whole, int count) {
+    load_columns<T>(p.bias, p.wide & kWantBias, C(-0.0), i, whole, count, bias);
+  }
+  __device__ void load(const RowProblem& p, int64_t i, bool whole, int count) {
+    load_bias(p, i, whole, count);
+    load_columns<T>(p.norm_weight, p.wide & kWantNormWeight, C(1), i, whole, count, weight);
+    load_columns<T>(p.norm_bias, p.wide & kWantNormBias, C(-0.0), i, whole, count, shift);
+  }
+};
+
+// z + bias of a pack.
+template <class T>
+__device__ inline void load_input(const T* z, const RowParameters<T>& parameters, int64_t i,
+                                  bool whole, int count, Compute<T> (&x)[kPack<T>]) {
+  load_pack(z + i, whole, count, x);
+#pragma unroll
+  for (int k = 0; k < kPack<T>; ++k) x[k] += parameters.bias[k];
+}
+
+// The statistics that forward has left, without a norm those that change nothing.
+template <class C>
+__device__ inline RowStatistics<C> load_statistics(const RowProblem& p, int64_t row) {
+  const C* const found = static_cast<const C*>(p.statistics);
+  switch (static_cast<Norm>(p.norm)) {
+    case Norm::layer:
+      return {found[row], found[p.rows + row]};
+    case Norm::rms:
+      return {C(0), found[row]};
+    default:
+      return {C(0), C(1)};
+  }
+}
+
+}  // namespace fused::cuda

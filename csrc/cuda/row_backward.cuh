@@ -1,0 +1,122 @@
+// The backward row kernels. Under a norm the first finds the two means along each row that the
+// gradient needs; the second then treats any part of a row by itself. It keeps to some columns and
+// goes down the rows of a chunk, so that the sums over the rows stay in registers.
+#pragma once
+
+#include "row.cuh"
+
+namespace fused::cuda {
+
+// A pack in backward: x̂, and the gradient g of the norm's output.
+template <class T>
+struct GradientPack {
+  using C = Compute<T>;
+  C x[kPack<T>], g[kPack<T>];
+
+  __device__ void load(const RowProblem& p, const RowParameters<T>& parameters,
+                       const ActivationParameters<C>& activation, const Dropout<C>& dropout,
+                       const RowStatistics<C>& statistics, int64_t row, int64_t i, bool whole,
+                       int count) {
+    C h[kPack<T>];
+    load_input(static_cast<const T*>(p.z) + row * p.z_stride, parameters, i, whole, count, x);
+    load_pack(static_cast<const T*>(p.dy) + row * p.dy_stride + i, whole, count, g);
+#pragma unroll
+    for (int k = 0; k < kPack<T>; ++k) {
+      x[k] = normalize(x[k], statistics);
+      h[k] = x[k] * parameters.weight[k] + parameters.shift[k];
+    }
+    activate_gradient(p.activation, activation, h, g);
+    if (dropout.threshold) dropout.apply(row, i, g);
+  }
+};
+
+// means: mean(g·weight), 0 where the norm does not centre, and mean(g·weight·x̂), of each row.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    row_means_kernel(const __grid_constant__ RowProblem p, bool whole) {
+  using C = Compute<T>;
+  __shared__ C scratch[kThreads / kWarp];
+  const ActivationParameters<C> activation{static_cast<C>(p.alpha), static_cast<C>(p.beta)};
+  const Dropout<C> dropout(p.seed, p.threshold, p.cols);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  // Teams without a row go on: the sums need all threads.
+  const int64_t cols = row < p.rows ? p.cols : 0;
+  RowStatistics<C> statistics{};
+  if (cols) statistics = load_statistics<C>(p, row);
+  C sum_g = 0, sum_gx = 0;
+  for_each_pack<T>(cols, [&](int64_t i, int count) {
+    RowParameters<T> parameters;
+    parameters.load(p, i, whole, count);
+    GradientPack<T> pack;
+    pack.load(p, parameters, activation, dropout, statistics, row, i, whole, count);
+#pragma unroll
+    for (int k = 0; k < kPack<T>; ++k) {
+      if (k < count) {
+        const C g = pack.g[k] * parameters.weight[k];
+        sum_g += g;
+        sum_gx += g * pack.x[k];
+      }
+    }
+  });
+  sum_g = team_sum(sum_g, scratch);
+  sum_gx = team_sum(sum_gx, scratch);
+  if (cols && threadIdx.x == 0) {
+    const C share = C(1) / static_cast<C>(p.cols);
+    C* const means = static_cast<C*>(p.means) + row;
+    means[0] = static_cast<Norm>(p.norm) == Norm::layer ? sum_g * share : C(0);
+    means[p.rows] = sum_gx * share;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    row_gradient_kernel(const __grid_constant__ RowProblem p, bool whole) {
+  using C = Compute<T>;
+  constexpr int N = kPack<T>;
+  __shared__ C scratch[kThreads * N];
+  const ActivationParameters<C> activation{static_cast<C>(p.alpha), static_cast<C>(p.beta)};
+  const Dropout<C> dropout(p.seed, p.threshold, p.cols);
+  const int64_t col_blocks = ceil_div(p.cols, static_cast<int64_t>(blockDim.x) * N);
+  const int64_t chunk = blockIdx.x / col_blocks;
+  const int64_t i = (blockIdx.x % col_blocks * blockDim.x + threadIdx.x) * N;
+  const int count = static_cast<int>(p.cols - i < N ? p.cols - i : N);
+  const int64_t per_chunk = ceil_div(p.rows, p.chunks), begin = chunk * per_chunk;
+  const int64_t end = begin + per_chunk < p.rows ? begin + per_chunk : p.rows;
+  const bool normed = static_cast<Norm>(p.norm) != Norm::none;
+  const C* const means = static_cast<const C*>(p.means);
+  C sum_gx[N] = {}, sum_g[N] = {}, sum_dz[N] = {};
+  for (int64_t row = begin + threadIdx.y; count > 0 && row < end; row += blockDim.y) {
+    const RowStatistics<C> statistics = load_statistics<C>(p, row);
+    // From the first-level cache every time: kept, they would take the registers of other threads.
+    RowParameters<T> parameters;
+    parameters.load(p, i, whole, count);
+    GradientPack<T> pack;
+    pack.load(p, parameters, activation, dropout, statistics, row, i, whole, count);
+    const C mean_g = normed ? means[row] : C(0), mean_gx = normed ? means[p.rows + row] : C(0);
+    C dz[N];
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const C g = pack.g[k] * parameters.weight[k];
+      dz[k] = normed ? normalize_gradient(g, pack.x[k], mean_g, mean_gx, statistics) : g;
+      sum_gx[k] += pack.g[k] * pack.x[k];
+      sum_g[k] += pack.g[k];
+      sum_dz[k] += dz[k];
+    }
+    store_pack(static_cast<T*>(p.out) + row * p.out_stride + i, whole, count, dz);
+  }
+  C* partial = static_cast<C*>(p.partial) + chunk * p.cols + i;
+  const auto write_sums = [&](int64_t bit, C(&sums)[N]) {
+    if (!(p.wanted & bit)) return;
+    sum_over_rows(sums, scratch);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      if (threadIdx.y == 0 && k < count) partial[k] = sums[k];
+    }
+    partial += p.chunks * p.cols;
+  };
+  write_sums(kWantNormWeight, sum_gx);
+  write_sums(kWantNormBias, sum_g);
+  write_sums(kWantBias, sum_dz);
+}
+
+}  // namespace fused::cuda
