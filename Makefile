@@ -11,7 +11,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name
 FORMATTED := $(CSRC) $(wildcard tests/cuda/emulation/*.h)
 EXTENSION := fused/_C.abi3.so
 
-.PHONY: help setup demo test lint format bench sanitize clean
+.PHONY: help setup demo test lint format bench audit sanitize clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,9 @@ format: setup ## rewrite the sources as lint wants them
 
 bench: setup ## measure against eager and torch.compile
 	$(BIN)/python -m bench --max-autotune
+
+audit: setup ## compile every GPU kernel for five targets, read the binaries, hold them to the gates
+	$(BIN)/python -m bench.audit
 
 # libstdc++ is preloaded because libasan must find it before torch does; torch itself leaks by
 # design. The root must not be on sys.path (so pytest, not python -m pytest), or ./fused would win.

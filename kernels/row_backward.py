@@ -207,17 +207,19 @@ def row_backward(
         return dz, dnorm_weight, dnorm_bias, dbias
     device = tuning.device(z)
     scalars = (rows, cols, dy.stride(0), z.stride(0), alpha, beta, threshold)
+    align = tuning.alignment(cols, z.element_size(), dy.stride(0), z.stride(0))
     flags = {
         "NORM": name,
         "ACTIVATION": ACTIVATION_NAMES[activation],
-        "ALIGN": tuning.alignment(cols, z.element_size(), dy.stride(0), z.stride(0)),
+        "ALIGN": align,
         "PTX": device.arch > 0,
         "PER_THREAD": min(8, 16 // z.element_size()),
     }
     inputs = (dy, z, bias, norm_weight, norm_bias, statistics if name else None)
     seed_arg = seed if threshold else None
     made = [g for g in gradients if g.numel()]
-    tile = tuning.backward_tile(cols, name, len(made), z.element_size(), device)
+    wide = align * z.element_size() == 16 and (dy.data_ptr() | z.data_ptr()) % 16 == 0
+    tile = tuning.backward_tile(cols, name, len(made), z.element_size(), device, wide)
     col_blocks = triton.cdiv(cols, tile.block_n)
     with torch.cuda.device_of(z):
         sums = None

@@ -4,7 +4,7 @@ The batch never enters a value that is compiled in: only `programs`, a grid size
 autotuning: a row kernel's best tile follows from its width, and a search costs seconds per shape.
 `python -m fused tune` searches once, and writes what it finds to a table (tuned.py).
 "static" figures are registers a thread (65536 per SM: 128 at 512 threads, 64 at 1024) and spilled
-words, read from sm_90 binaries (triton 3.7.1, bf16, GELU, dropout) by tests/triton/audit.py.
+words, read from sm_90 binaries (triton 3.7.1, bf16, GELU, dropout) by bench/audit.
 """
 
 from __future__ import annotations
@@ -112,8 +112,12 @@ def forward_loop_tile(device: Device) -> Tile:
 
 
 @tuned.cached
-def backward_tile(cols: int, norm: str | None, sums: int, itemsize: int, device: Device) -> Tile:
+def backward_tile(
+    cols: int, norm: str | None, sums: int, itemsize: int, device: Device, wide: bool = True
+) -> Tile:
     """Tile of the persistent backward kernel; `block_n < cols` says that it works by column blocks.
+
+    `wide`: rows and addresses allow 16-byte accesses.
 
     static, three sums, 8 elements a thread: 1024 and 4096 columns 104 registers.
     """
@@ -122,6 +126,10 @@ def backward_tile(cols: int, norm: str | None, sums: int, itemsize: int, device:
     # sums, and in float32 22 to 48 with one.
     if device.arch >= 100 and sums > (1 if itemsize == 2 else 0):
         limit = 4096
+    # static: narrow accesses at 8192 columns spill 10 to 273 words, on every target and even where
+    # nothing is summed; at 4096 none.
+    if not wide:
+        limit = min(limit, 4096)
     whole = norm is not None and cols <= limit
     block_n = power_of_two(cols, limit if whole else SHARED_COLS)
     block_m = max(1, 1024 // block_n)

@@ -16,7 +16,7 @@ from fused.spec import ACTIVATION_CODES, ACTIVATIONS, NORM_CODES
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 300  # lines of a source file; around 150 is normal
-SOURCES = ("fused/*.py", "kernels/*.py", "bench/*.py", "csrc/**/*.h", "csrc/**/*.cpp")
+SOURCES = ("fused/*.py", "kernels/*.py", "bench/**/*.py", "csrc/**/*.h", "csrc/**/*.cpp")
 SOURCES += ("csrc/**/*.cu", "csrc/**/*.cuh", "tests/cuda/*.py", "tests/cuda/emulation/*.h")
 SOURCES += ("setup.py",)
 # What may be longer, and why.

@@ -22,11 +22,16 @@ import torch
 pytest.importorskip("triton", reason="compiling Triton kernels needs triton")
 
 import triton
-from audit import _CUOBJDUMP, CACHE, TARGETS, Launch, _specialize, audit, captured
 from fused.kernels import gemm_tuning
 from fused.kernels.gemm_channel import linear_channel_forward
 from fused.kernels.gemm_row import linear_row_forward
 from gemm_oracle import Case, forward_arguments, make_inputs
+
+from bench.audit.assembly import _CUOBJDUMP
+from bench.audit.binary import CACHE
+from bench.audit.binary import compiled as audit
+from bench.audit.launch import Launch, captured
+from bench.audit.targets import TARGETS
 
 BF16 = Case(64, 1024, 256, residual=True)
 FP32 = replace(BF16, dtype=torch.float32)
@@ -72,11 +77,12 @@ def launch_of(case: Case, arch: str, precision: str = "ieee", save_z: bool = Tru
 
 
 def opcodes(launch: Launch, arch: str) -> Counter[str]:
-    """How often each instruction of a binary occurs; kept like the results of audit.py."""
-    compiled = triton.compile(_specialize(launch), TARGETS[arch], {"num_warps": launch.num_warps})
+    """How often each instruction of a binary occurs; kept like the facts of bench/audit."""
+    compiled = triton.compile(launch.source(), TARGETS[arch].target, launch.options)
     if "cubin" not in compiled.asm:
         return Counter(re.findall(r"^\s+([a-z]+_\w+)", compiled.asm["amdgcn"], re.M))
     code = compiled.asm["cubin"]
+    CACHE.mkdir(parents=True, exist_ok=True)
     kept = CACHE / f"{hashlib.sha256(code).hexdigest()}-opcodes.json"
     if not kept.exists():
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -199,9 +205,7 @@ def test_widths_without_a_tile() -> None:
 def test_z_is_written_before_it_is_read() -> None:
     """Between the last store of z and the first load of the epilogue all threads meet."""
     launch = launch_of(replace(BF16, residual=False), "sm_90")
-    compiled = triton.compile(
-        _specialize(launch), TARGETS["sm_90"], {"num_warps": launch.num_warps}
-    )
+    compiled = triton.compile(launch.source(), TARGETS["sm_90"].target, launch.options)
     order = re.findall(r"st\.global\.v4|bar\.sync|ld\.global\.v4", compiled.asm["ptx"])
     stored = order.index("st.global.v4")
     loaded = order.index("ld.global.v4", stored)
@@ -213,7 +217,7 @@ def test_z_is_written_before_it_is_read() -> None:
 def test_batch_size_does_not_recompile(case: Case) -> None:
     def key(rows: int) -> dict[str, object]:
         launch = launch_of(replace(case, rows=rows), "sm_90")
-        signature = _specialize(launch)
+        signature = launch.source()
         return {"signature": signature.signature, "constants": signature.constants}
 
     assert key(1) == key(17) == key(4096)
@@ -221,7 +225,7 @@ def test_batch_size_does_not_recompile(case: Case) -> None:
 
 def test_the_check_sees_a_spill_and_narrow_copies() -> None:
     """Regressions: a tile too wide for its warps, and rows that are no multiple of 16 bytes."""
-    crowded = replace(launch_of(replace(BF16, cols=512), "sm_90"), num_warps=4)
+    crowded = replace(launch_of(replace(BF16, cols=512), "sm_90"), options={"num_warps": 4})
     with pytest.raises(AssertionError):
         check(crowded, "sm_90")
     narrow = launch_of(replace(BF16, inner=1001), "sm_90")

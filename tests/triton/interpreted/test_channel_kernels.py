@@ -17,9 +17,9 @@ from channel_cases import Inputs, make_epilogue, make_inputs, named, seed_of
 from channel_oracle import LAUNCHERS
 from fused.kernels import channel_tuning as tuning
 from fused.kernels.channel_tile import place
-from interpreter import Launch, launches
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench.audit.interpreter import Launch, launches
 from fused import ops
 from fused.random import keep_mask
 from fused.spec import ACTIVATIONS, NORM_CODES, ChannelEpilogue

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from fused.kernels import gemm_tuning, tuning
 from fused.kernels.gemm_channel import linear_channel_forward
 from gemm_oracle import Case, check, forward_arguments, make_inputs, matrix_of_cases, run
-from interpreter import launches
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench.audit.interpreter import launches
 from fused import gemm, launchers, ops
 from fused.random import keep_mask
 

@@ -19,9 +19,9 @@ from gemm_oracle import (
     matrix_of_cases,
     run,
 )
-from interpreter import launches
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench.audit.interpreter import launches
 from fused import gemm, launchers, ops
 from fused.random import keep_mask
 

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from fused.kernels import tuning
 from fused.kernels.row import row_forward
-from interpreter import launches
 from oracle import (
     ALL,
     Case,
@@ -27,6 +26,7 @@ from oracle import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench.audit.interpreter import launches
 from fused import launchers, ops
 from fused.ops import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
 from fused.random import keep_mask

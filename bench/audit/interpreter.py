@@ -63,10 +63,11 @@ class _Argument:
 
 @dataclass
 class Launch:
-    """What one kernel launch moved: bytes by argument name."""
+    """What one kernel launch moved, and how large its tensors are: bytes by argument name."""
 
     kernel: str
     grid: tuple[int, ...]
+    sizes: dict[str, int] = field(default_factory=dict)
     loaded: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     stored: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
@@ -167,6 +168,7 @@ def _patch_launch() -> None:
         for name, given in [*zip(self.arg_names, host, strict=False), *host_kwargs.items()]:
             value = getattr(given, "base", given)  # of a tensor descriptor
             if hasattr(value, "data_ptr") and value.numel():
+                _State.launch.sizes[name] = value.numel() * value.element_size()
                 place = (value.data_ptr(), value.element_size())
                 shape = (tuple(value.shape), tuple(value.stride()))
                 found.append(_Argument(name, *place, *shape))

@@ -1,0 +1,14 @@
+"""Every family of kernels; one entry here adds a family to all that the audit does."""
+
+from __future__ import annotations
+
+from . import channel_family, gemm_family, row_family
+from .family import Family
+
+FAMILIES: list[Family] = [
+    row_family.FORWARD,
+    row_family.BACKWARD,
+    channel_family.FORWARD,
+    channel_family.BACKWARD,
+    gemm_family.FORWARD,
+]

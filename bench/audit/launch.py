@@ -1,0 +1,138 @@
+"""The launches that a launcher would make on a GPU that is not there.
+
+`captured` lets launchers run on tensors of any device as if they lay on a given GPU, and keeps what
+they would have launched, so that exactly the configurations of the tuning rules are compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+from unittest import mock
+
+import torch
+from fused.kernels import tuning
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .targets import TARGETS
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+_HALVES = (torch.bfloat16, torch.float16)
+# What a program treats at once, by the names of the kernels' constants.
+_TILES = (("UNITS", "RUN"), ("BLOCK_M", "BLOCK_N"), ("BLOCK_G", "BLOCK_E"))
+# Tensors of a kernel that are as large as its problem; the sums of programs where there is no
+# other.
+STREAMS = ("dy_ptr", "z_ptr", "residual_ptr", "y_ptr", "dz_ptr")
+PARTIAL = "partial_ptr"
+OUTPUTS = ("y_ptr", "dz_ptr")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that a launcher would have made."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]  # num_warps and what else the compiler is told
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """The names of the tensors."""
+        return tuple(k for k, v in self.arguments.items() if isinstance(v, torch.Tensor))
+
+    @property
+    def streams(self) -> list[torch.Tensor]:
+        """The tensors as large as the problem."""
+        names = [name for name in STREAMS if name in self.present]
+        names = names or [name for name in (PARTIAL,) if name in self.present]
+        return [self.arguments[name] for name in names]
+
+    @property
+    def tile(self) -> int:
+        """Elements that a program treats at once; 0 where the kernel does not say."""
+        for names in _TILES:
+            if all(name in self.arguments for name in names):
+                return prod(self.arguments[name] for name in names)
+        return 0
+
+    @property
+    def aligned(self) -> bool:
+        """Whether rows and addresses allow 16-byte accesses, by the hint that the kernel gets."""
+        hints = [value for name, value in self.arguments.items() if name.startswith("ALIGN")]
+        if not hints or not self.streams:
+            return False
+        itemsize = self.streams[0].element_size()
+        tensors = (self.arguments[name] for name in self.present)
+        return all(hint * itemsize == 16 for hint in hints) and all(
+            t.data_ptr() % 16 == 0 for t in tensors
+        )
+
+    @property
+    def exact(self) -> bool:
+        """Whether the kernel asks for float32 products in full: no matrix unit makes them."""
+        narrow = any(self.arguments[name].dtype in _HALVES for name in self.present)
+        return self.arguments.get("PRECISION") == "ieee" and not narrow
+
+    def source(self) -> ASTSource:
+        """The source as Triton's own launch would specialise it: types, 16-byte addresses, None."""
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        attributes: dict[tuple[int], Any] = {}
+        for i, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            free = parameter.do_not_specialize
+            one = type(value) is int and value == 1 and not free
+            if parameter.is_constexpr or value is None or one:
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = _POINTERS[value.dtype]
+                if value.data_ptr() % 16 == 0:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, TensorDescriptor):
+                dtype = _POINTERS[value.base.dtype].removeprefix("*")
+                signature[parameter.name] = f"tensordesc<{dtype}{list(value.block_shape)}>"
+            elif isinstance(value, float):
+                signature[parameter.name] = "fp32"
+            else:
+                signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+                if value % 16 == 0 and not free:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+        return ASTSource(self.kernel, signature, constants, attributes)
+
+
+# What a launch passes to the compiler besides the kernel's own arguments.
+_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+
+
+@contextlib.contextmanager
+def captured(arch: str) -> Iterator[list[Launch]]:
+    """The launches of every launcher called inside the block, as for a GPU of this architecture."""
+    launches: list[Launch] = []
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        launches.append(Launch(self, tuple(grid), arguments, options))
+
+    device = TARGETS[arch].device
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(tuning, "device", lambda z: device),
+    ):
+        yield launches

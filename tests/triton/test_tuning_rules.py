@@ -1,0 +1,90 @@
+"""Which kernels the tuning rules choose, and that no batch size is compiled in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="the tuning rules are those of Triton kernels")
+
+from bench.audit import channel_family, row_family
+from bench.audit.channel_family import Scene
+from bench.audit.family import Family
+from bench.audit.launch import Launch
+from bench.audit.measure import launches_of
+
+ROW = (row_family.FORWARD, row_family.BACKWARD)
+CHANNEL = (channel_family.FORWARD, channel_family.BACKWARD)
+
+
+def launches(family: Family, **different: Any) -> list[Launch]:
+    return launches_of(family, family.ordinary | {"target": "sm_90"} | different)
+
+
+def constants(family: Family, **different: Any) -> list[dict[str, object]]:
+    return [
+        {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
+        for launch in launches(family, **different)
+    ]
+
+
+@pytest.mark.parametrize("family", ROW, ids=lambda f: f.name)
+@pytest.mark.parametrize("width", [200, 4096, 9000])
+def test_number_of_rows_does_not_recompile(family: Family, width: int) -> None:
+    one, some, many = (constants(family, width=width, rows=rows) for rows in (1, 17, 4096))
+    assert one == some == many
+
+
+@pytest.mark.parametrize("fit, whole", [("even", True), ("odd", False), ("offset", False)])
+def test_narrow_accesses_take_half_as_wide_a_tile(fit: str, whole: bool) -> None:
+    """Regression: at 8192 columns they spilled up to 273 words."""
+    names = [launch.name for launch in launches(ROW[1], width=8192, fit=fit, wanted=3)]
+    assert ("_row_sums_kernel" not in names) == whole
+
+
+@pytest.fixture
+def scene(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a scene and returns its name."""
+
+    def make(*given: Any) -> str:
+        monkeypatch.setitem(channel_family._EVERY_SCENE, "here", Scene(*given))
+        return "here"
+
+    return make
+
+
+@pytest.mark.parametrize("family", CHANNEL, ids=lambda f: f.name)
+@pytest.mark.parametrize("name", list(channel_family.SCENES)[:4])
+def test_number_of_samples_does_not_recompile(family: Family, name: str, scene: Any) -> None:
+    of = channel_family.SCENES[name]
+    some, more, many = (
+        constants(family, scene=scene(*of._replace(samples=samples))) for samples in (40, 97, 1024)
+    )
+    assert some == more == many
+
+
+@pytest.mark.parametrize(
+    "given, forward, backward",
+    [
+        (channel_family.SCENES["group held last"], "held", "held"),
+        (channel_family.SCENES["group loop planar"], "loop", "loop"),
+        (Scene("group", False, 8, 1280, 256), "held", "loop"),  # 64 x 256 places
+        (Scene("instance", False, 16, 64, 12544), "held", "loop"),
+        (Scene("instance", False, 2, 16, 2**20), "split", "split"),  # 2 MB a plane
+        (Scene("group", False, 1, 64, 16384), "split", "split"),  # 32 groups, 132 SMs
+        (Scene("group", True, 8, 320, 4096), "split", "split"),  # 20 bytes a group and position
+        (Scene("group", True, 8, 64, 65536), "split", "split"),
+    ],
+    ids=str,
+)
+def test_groups_take_the_way_of_their_size(
+    given: Scene, forward: str, backward: str, scene: Any
+) -> None:
+    name = scene(*given)
+    for family, way, kernel in zip(CHANNEL, (forward, backward), ("fwd", "bwd"), strict=True):
+        names = [launch.name for launch in launches(family, scene=name)]
+        if way == "split":
+            assert f"_channel_{'apply' if kernel == 'fwd' else 'bwd'}_kernel" in names
+        else:
+            assert f"_channel_{way}_{kernel}_kernel" in names
