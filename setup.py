@@ -152,6 +152,8 @@ def architecture_flags(nvcc: str) -> list[str]:
     if not listed:
         known = run([nvcc, "--list-gpu-arch"]).stdout.split()
         listed = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
+        if not listed:
+            raise OSError(f"{nvcc} knows none of {', '.join(CUDA_ARCHITECTURES)}")
         listed[-1] += "+PTX"
     flags = []
     for architecture in listed:
