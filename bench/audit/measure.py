@@ -89,6 +89,8 @@ def audit(processes: int | None = None, say: bool = False) -> Report:
     binaries = []
     for key, job, launch, headline in plan:
         binary = kept(key)
+        if binary is None and not failed:  # a process that ended without a word
+            binary = compiled(launch, job.case["target"])
         if binary is not None:
             where = (job.case["target"], labels[job.family](job.case), job.index)
             binaries.append(Measured.of(launch, *where, headline, binary))
