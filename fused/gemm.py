@@ -70,7 +70,8 @@ def serves_channel(x: Tensor, weight: Tensor, norm: int, groups: int) -> bool:
 
 def _is_faster(weight: Tensor, kind: Kind, device: tuple[int, int]) -> bool:
     """Whether a kernel is to be used where there is one."""
-    return mode == "fused" or gemm_tuning.is_faster(*weight.shape, kind, device[0])
+    cols, inner = weight.shape
+    return mode == "fused" or gemm_tuning.is_faster(cols, inner, kind, device[0])
 
 
 def _is_readable(x: Tensor, weight: Tensor) -> bool:
