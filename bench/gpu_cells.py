@@ -1,7 +1,6 @@
 """What the GPU suites measure; sizes that a GPU is filled by.
 
-Everything of a suite fits into ten minutes on an H100, compilation included, the cells that tell
-most first.
+The cells that tell most come first: gpu_pass.sh stops a suite after some minutes.
 """
 
 from __future__ import annotations

@@ -126,8 +126,8 @@ def backward_tile(
     # sums, and in float32 22 to 48 with one.
     if device.arch >= 100 and sums > (1 if itemsize == 2 else 0):
         limit = 4096
-    # static: narrow accesses at 8192 columns spill 10 to 273 words, on every target and even where
-    # nothing is summed; at 4096 none.
+    # static: narrow accesses at 8192 columns spill 10 to 273 words on NVIDIA's targets, even
+    # where nothing is summed; at 4096 none.
     if not wide:
         limit = min(limit, 4096)
     whole = norm is not None and cols <= limit

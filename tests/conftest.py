@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from fused import backend, small
+from fused import backend, gemm, small
 
 ISAS = ("avx512", "avx2", "portable")
 
@@ -73,3 +74,10 @@ def bench_harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fused_mode() -> Iterator[None]:
+    """FUSED_GEMM=fused."""
+    with mock.patch.multiple(gemm, mode="fused", enabled=True):
+        yield

@@ -170,6 +170,10 @@ def test_peers_are_measured_where_they_can_be_imported(monkeypatch: pytest.Monke
     def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
 
+    for library in ("liger_kernel", "quack", "flash_attn"):
+        monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+    for name in [n for n in sys.modules if n.startswith(("liger_kernel.", "flash_attn."))]:
+        monkeypatch.delitem(sys.modules, name)
     assert missing_peers() == ["liger", "quack", "flash-attn"]
     monkeypatch.setitem(sys.modules, "quack", SimpleNamespace(rmsnorm=rmsnorm))
     assert missing_peers() == ["liger", "flash-attn"]

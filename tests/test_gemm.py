@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fused.kernels import gemm_tuning
+from gemm_calls import HALF, gradients, recorded
 from torch import Tensor, nn
 
 import fused
@@ -24,9 +25,6 @@ from fused import dispatch, gemm, ops
 from fused.spec import NORM_CODES
 
 pytestmark = pytest.mark.usefixtures("cpp")
-
-H100 = (90, 32)
-HALF = torch.bfloat16
 
 
 def linear_row(
@@ -47,24 +45,9 @@ def linear_row(
 
 @pytest.fixture
 def calls() -> Iterator[list[tuple[Any, ...]]]:
-    """The calls of linear_row_forward; CPU tensors count as a GPU's."""
-    made: list[tuple[Any, ...]] = []
-
-    def record(*args: Any) -> Any:
-        made.append(args)
-        return linear_row(*args)
-
-    library = torch.library.Library("fused_lnad", "IMPL")
-    library.impl("linear_row_forward", record, "CPU")
-    with mock.patch.multiple(gemm, _is_on_gpu=lambda x: True, _device=lambda index: H100):
+    """The calls of linear_row_forward."""
+    with recorded("linear_row_forward", linear_row) as made:
         yield made
-    library._destroy()
-
-
-@pytest.fixture
-def fused_mode() -> Iterator[None]:
-    with mock.patch.multiple(gemm, mode="fused", enabled=True):
-        yield
 
 
 def block(norm: str | None = "layer", **options: Any) -> fused.LinearNormAct:
@@ -73,19 +56,6 @@ def block(norm: str | None = "layer", **options: Any) -> fused.LinearNormAct:
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return net
-
-
-def gradients(
-    net: nn.Module, x: Tensor, residual: Tensor | None = None, **autograd: Any
-) -> dict[str, Tensor]:
-    torch.manual_seed(5)
-    leaves = {"x": x} | dict(net.named_parameters())
-    leaves |= {} if residual is None else {"residual": residual}
-    leaves = {name: t for name, t in leaves.items() if t.requires_grad}
-    y = net(x) if residual is None else net(x, residual)
-    dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-    found = torch.autograd.grad(y, list(leaves.values()), dy, **autograd)
-    return {"y": y} | dict(zip(leaves, found, strict=True))
 
 
 def given_eps(net: fused.LinearNormAct) -> float:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fused.kernels import gemm_tuning
-from test_gemm import H100, HALF, gradients
+from gemm_calls import HALF, gradients, recorded
 from torch import Tensor, nn
 
 import fused
@@ -41,24 +41,9 @@ def linear_channel(
 
 @pytest.fixture
 def calls() -> Iterator[list[tuple[Any, ...]]]:
-    """The calls of linear_channel_forward; CPU tensors count as a GPU's."""
-    made: list[tuple[Any, ...]] = []
-
-    def record(*args: Any) -> Any:
-        made.append(args)
-        return linear_channel(*args)
-
-    library = torch.library.Library("fused_lnad", "IMPL")
-    library.impl("linear_channel_forward", record, "CPU")
-    with mock.patch.multiple(gemm, _is_on_gpu=lambda x: True, _device=lambda index: H100):
+    """The calls of linear_channel_forward."""
+    with recorded("linear_channel_forward", linear_channel) as made:
         yield made
-    library._destroy()
-
-
-@pytest.fixture
-def fused_mode() -> Iterator[None]:
-    with mock.patch.multiple(gemm, mode="fused", enabled=True):
-        yield
 
 
 def block(**options: Any) -> fused.LinearNormAct:

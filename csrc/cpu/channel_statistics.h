@@ -7,8 +7,7 @@
 // just these elements differ from the rest. (From a single element it would cost all of them if
 // that is an outlier, and from the first ones, many if there is a step.) Two passes take 10 to 15 %
 // longer forward (bfloat16, AMD EPYC 9004, one thread, November 2026). Because that first pass is
-// strided, the pass before asks memory for its elements: statistics of what is in no cache take
-// half the time so.
+// strided, the pass before asks memory for its elements.
 #pragma once
 
 #include "channel.h"
