@@ -155,6 +155,8 @@ def apply_linear_row(
     codes: Codes,
 ) -> Tensor:
     """`run_linear_row` by the operator, where that is known to serve; needs the seed."""
+    if residual is not None:
+        residual = contiguous_rows(residual)
     if gemm.enabled and gemm.serves_row(x, weight, codes[0]):
         others = (bias, norm_weight, norm_bias, residual)
         # Frozen weights stay torch's: with them nn.Linear does not keep x.
@@ -170,18 +172,12 @@ def apply_linear_row(
             z = F.linear(x, weight, bias.detach())
         else:
             z, bias = F.linear(x, weight, bias), None
-        if residual is not None:
-            residual = contiguous_rows(residual)
         return RowFunction.apply(z, bias, norm_weight, norm_bias, residual, seed, codes)
     z = F.linear(x, weight, bias)
     if is_compiling():
-        if residual is not None:
-            residual = contiguous_rows(residual)
         return ops.row_forward(z, None, norm_weight, norm_bias, residual, seed, *codes)[0]
     if small.is_small_inference(elements, z, codes):
         return small.row(z, norm_weight, norm_bias, residual, codes)
-    if residual is not None:
-        residual = contiguous_rows(residual)
     ops.row_forward_(z, None, norm_weight, norm_bias, residual, seed, *codes)
     return z
 
@@ -197,10 +193,8 @@ def _apply_linear_row(
     codes: Codes,
 ) -> Tensor:
     """The same as one operator from x on, where gemm.py says that there is one."""
-    if residual is not None:
-        residual = contiguous_rows(residual)
-        if residual is x:  # the compiler takes no tensor twice
-            residual = residual.view_as(residual)
+    if residual is x:  # the compiler takes no tensor twice
+        residual = x.view_as(x)
     inputs = (x, weight, bias, norm_weight, norm_bias, residual, seed)
     if needs_gradient(*inputs):
         return LinearRowFunction.apply(*inputs, codes)
