@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .launchers import CHANNEL_LAUNCHERS, TRITON, Launchers, triton_linear
-from .spec import NORM_NAMES
+from .spec import NORM_NAMES, is_gated
 
 # Which sums over the rows `row_backward` makes.
 WANT_NORM_WEIGHT, WANT_NORM_BIAS, WANT_BIAS = 1, 2, 4
@@ -25,7 +25,9 @@ _library = torch.library.Library("fused_lnad", "DEF")
 
 # statistics is (2, rows) for layer (mean, rstd), (1, rows) for rms (rstd), (0, rows) without norm.
 # wanted is a sum of the WANT_ constants; a sum over the rows that is not wanted comes back empty.
-# dbias may be wanted without bias: z then contains it already.
+# dbias may be wanted without bias: z then contains it already. A gated activation halves the columns:
+# z and the parameters have 2N of them, residual, y and dy have N, over which the mask lies;
+# row_forward_ does not take one.
 _PARAMETERS = "Tensor? bias, Tensor? norm_weight, Tensor? norm_bias"
 _SCALARS = "int norm, float eps, int activation, float alpha, float beta, int threshold"
 _library.define(
@@ -107,8 +109,9 @@ def _statistics_dtype(z: Tensor) -> torch.dtype:
 
 @torch.library.register_fake("fused_lnad::row_forward")
 def _(z, bias, norm_weight, norm_bias, residual, seed, norm, eps, activation, alpha, beta, t):
-    planes = STATISTICS_OF[norm]
-    return z.new_empty(z.shape), z.new_empty((planes, z.shape[0]), dtype=_statistics_dtype(z))
+    rows, cols = z.shape
+    statistics = z.new_empty((STATISTICS_OF[norm], rows), dtype=_statistics_dtype(z))
+    return z.new_empty((rows, cols // 2 if is_gated(activation) else cols)), statistics
 
 
 def _empty_outputs(x: Tensor, weight: Tensor, save_z: bool) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .random import keep_mask
-from .spec import ChannelEpilogue, Epilogue, dropout_scale
+from .spec import GATED_ACTIVATIONS, ChannelEpilogue, Epilogue, dropout_scale
 
 _ACTIVATIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "relu": lambda h, a, b: F.relu(h),
@@ -42,8 +42,18 @@ _ACTIVATIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 
 
 def activate(h: Tensor, activation: str | None, alpha: float = 0.0, beta: float = 0.0) -> Tensor:
-    """The activation of `spec.ACTIVATIONS` by name, with its two operator parameters."""
-    return h if activation is None else _ACTIVATIONS[activation](h, alpha, beta)
+    """The activation by its name in spec.py, with its two operator parameters.
+
+    A gated one halves the last dimension.
+    """
+    if activation is None:
+        return h
+    if activation not in GATED_ACTIVATIONS:
+        return _ACTIVATIONS[activation](h, alpha, beta)
+    if activation == "glu":
+        return F.glu(h)
+    value, gate = h.chunk(2, -1)
+    return value * _ACTIVATIONS[GATED_ACTIVATIONS[activation].gate](gate, alpha, beta)
 
 
 def normalize(z: Tensor, epilogue: Epilogue, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -77,11 +87,11 @@ def row(
     Args:
         z: (rows, cols), floating point.
         bias, norm_weight, norm_bias: (cols,) or None.
-        residual: (rows, cols) or None, added last.
+        residual: of the result's shape or None, added last.
         seed: int64 (1,), needed when `epilogue.threshold` is not 0.
 
     Returns:
-        (rows, cols) in the dtype that eager gives.
+        (rows, cols), behind a gated activation (rows, cols / 2), in the dtype that eager gives.
     """
     h = z if bias is None else z + bias
     h = normalize(h, epilogue, norm_weight, norm_bias)

@@ -9,6 +9,9 @@ Norms whose statistics run along a row see z as (rows, cols); those whose statis
 samples or positions see it as three dimensions in memory order, (samples, channels, positions) or,
 channels last, (samples, positions, channels).
 
+A gated activation halves the features: z has 2N columns and y has N, those of a (the first half,
+the value) times an activation of b (the second half, the gate). Its norm is over all 2N.
+
 Adding an activation: one entry here, one pair in kernels/activation.py, one struct in
 csrc/activation.h, one line in reference.py. tests/test_architecture.py fails until all exist.
 """
@@ -53,7 +56,44 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu_squared": Activation(15, None),
 }
 ACTIVATION_CODES: dict[str | None, int] = {None: 0} | {k: a.code for k, a in ACTIVATIONS.items()}
-ACTIVATION_NAMES: dict[int, str | None] = {code: name for name, code in ACTIVATION_CODES.items()}
+
+
+@dataclass(frozen=True)
+class GatedActivation:
+    """a · gate(b) of the two halves (a, b) of the features, as torch's nn.GLU takes them.
+
+    `gate` is a name of `ACTIVATIONS`; `code` is this one's in the operators.
+    """
+
+    code: int
+    gate: str
+
+
+# Dauphin et al., "Language modeling with gated convolutional networks", 2017 (glu); Shazeer, "GLU
+# variants improve transformer", 2020 (the others).
+GATED_ACTIVATIONS: dict[str, GatedActivation] = {
+    "glu": GatedActivation(16, "sigmoid"),
+    "swiglu": GatedActivation(17, "silu"),
+    "geglu": GatedActivation(18, "gelu"),
+    "geglu_tanh": GatedActivation(19, "gelu_tanh"),
+    "reglu": GatedActivation(20, "relu"),
+}
+GATED_CODES: dict[str, int] = {name: a.code for name, a in GATED_ACTIVATIONS.items()}
+FIRST_GATED = min(GATED_CODES.values())
+ACTIVATION_NAMES: dict[int, str | None] = {
+    **{code: name for name, code in ACTIVATION_CODES.items()},
+    **{code: name for name, code in GATED_CODES.items()},
+}
+
+
+def is_gated(activation: int) -> bool:
+    """Whether an activation's code is that of a gated one."""
+    return activation >= FIRST_GATED
+
+
+def gated_name(activation: str | None) -> bool:
+    """Whether an activation's name is that of a gated one."""
+    return activation in GATED_ACTIVATIONS
 
 # Norms whose statistics run along a row of the (rows, cols) view, then those whose statistics run
 # over samples or positions.
@@ -99,7 +139,7 @@ class Epilogue:
         return (
             NORM_CODES[self.norm],
             self.eps,
-            ACTIVATION_CODES[self.activation],
+            GATED_CODES.get(self.activation or "") or ACTIVATION_CODES[self.activation],
             self.alpha,
             self.beta,
             self.threshold,
@@ -142,10 +182,11 @@ def activation_parameters(activation: str | None, given: dict[str, float]) -> tu
         known: tuple[tuple[str, float], ...] = ()
     elif activation in ACTIVATIONS:
         known = ACTIVATIONS[activation].parameters
+    elif activation in GATED_ACTIVATIONS:
+        known = ()
     else:
-        raise ValueError(
-            f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}, or None"
-        )
+        names = ", ".join((*ACTIVATIONS, *GATED_ACTIVATIONS))
+        raise ValueError(f"unknown activation {activation!r}; known: {names}, or None")
     for name, value in given.items():
         if name not in dict(known):
             takes = ", ".join(k for k, _ in known) or "no parameters"
