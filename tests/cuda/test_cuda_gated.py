@@ -109,14 +109,16 @@ def test_fake_kernels_foretell_shapes_and_dtypes(
         assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
 
 
+@pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strided_rows_offsets_and_red_zones(dtype: torch.dtype) -> None:
-    """Rows at an odd offset and an odd stride in poisoned memory: no bit differs.
+def test_strided_rows_offsets_and_red_zones(dtype: torch.dtype, aligned: bool) -> None:
+    """Rows at an odd offset and an odd stride in poisoned memory, or at multiples of 16 bytes.
 
-    16, 48: whole packs where the rows are dense; 12: packs of backward alone.
+    No bit differs. Of 10 columns a half, the gate's are no multiple of a pack away; of 12, they are
+    in backward alone where elements have 16 bits.
     """
     epilogue = make_gated_epilogue("layer", "swiglu", 0.2)
-    for half in (1, 7, 12, 16, 48):
+    for half in (1, 7, 10, 12, 16, 48):
         plain = make_gated_inputs(6, half, dtype)
         strided = {
             name: getattr(plain, name) for name in ("bias", "norm_weight", "norm_bias", "seed")
@@ -124,8 +126,9 @@ def test_strided_rows_offsets_and_red_zones(dtype: torch.dtype) -> None:
         for name in ("z", "dy", "residual"):
             dense = getattr(plain, name)
             rows, cols = dense.shape
-            buffer = torch.full((1 + rows * (cols + 3),), float("nan"), dtype=dtype)
-            strided[name] = buffer[1:].view(rows, cols + 3)[:, :cols]
+            offset, stride = (0, cols // 16 * 16 + 32) if aligned else (1, cols + 3)
+            buffer = torch.full((offset + rows * stride,), float("nan"), dtype=dtype)
+            strided[name] = buffer[offset:].view(rows, stride)[:, :cols]
             strided[name].copy_(dense)
         expected = run_operator(plain, epilogue)
         for name, t in run_operator(Inputs(**strided), epilogue).items():
