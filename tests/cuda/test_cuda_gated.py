@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused import cuda_library, cuda_row, ops
 from fused.random import keep_mask
-from fused.spec import dropout_scale
+from fused.spec import ChannelEpilogue, dropout_scale
 
 pytestmark = pytest.mark.usefixtures("emulation")
 
@@ -149,6 +149,12 @@ def test_what_cannot_be_halved_is_said(activation: str) -> None:
     with pytest.raises(ValueError, match=f"fused: y of {activation} has half the columns of z"):
         LAUNCHERS.row_forward_(x.z, None, None, None, None, None, *codes)
     assert torch.equal(x.z, before)
+
+
+def test_channel_kernels_say_that_they_have_no_gates() -> None:
+    codes = ChannelEpilogue(activation="reglu", channels_last=True).channel_codes
+    with pytest.raises(ValueError, match="reglu halves the columns, which row_forward and row_"):
+        LAUNCHERS.channel_apply(torch.ones(1, 3, 4), *[None] * 7, *codes)
 
 
 def test_a_launch_that_fails_says_so() -> None:
