@@ -8,7 +8,7 @@
 #     blocks   training steps of Linear blocks and networks, beside eager and torch.compile
 #     images   norms over samples or positions, contiguous and channels-last
 #     peers    the norm alone beside Liger, QuACK and flash-attn, as far as they can be imported
-#     tune     python -m fused tune: the rules' tiles against their neighbours
+#     tune     python -m fused tune: tiles against their neighbours, Linears as one kernel or two
 #
 # Works offline: wheels of peers that are unpacked in .cache/peers are found. CSV files, the tests'
 # reports and logs go to DIR; `python -m bench report --out DIR` makes tables and pictures of them.

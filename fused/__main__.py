@@ -1,6 +1,6 @@
 """python -m fused doctor [--json]
 python -m fused fuse MODULE:CALLABLE
-python -m fused tune [--out FILE] [--max-seconds S]
+python -m fused tune [rows] [channels] [linear] [--linear N,K,DTYPE,NORM ...] [--out FILE]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from . import doctor, tune
+from . import doctor, tune, tune_linear
 from .convert import fuse_
 
 
@@ -47,13 +47,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     told = "the chains of a model that fused.fuse_ would fuse, and why not the others"
     command = commands.add_parser("fuse", help=told, description=told)
     command.add_argument("target", metavar="MODULE:CALLABLE", help="what returns the model")
-    told = "measures the tiles of the GPU kernels' rules against their neighbours, for a table"
+    told = (
+        "measures the tiles of the GPU kernels' rules against their neighbours, and Linears as one"
+    )
+    told += " kernel against the library's GEMM, for a table that the rules read"
     command = commands.add_parser("tune", help=told, description=told)
+    families = ", ".join(tune.FAMILIES)
+    command.add_argument("families", nargs="*", metavar="FAMILY", help=f"{families} (default: all)")
+    command.add_argument(
+        "--linear",
+        nargs="+",
+        default=[],
+        metavar="N,K,DTYPE,NORM",
+        help="the Linears to measure, for example 256,1024,bfloat16,layer",
+    )
     command.add_argument("--out", type=Path, help="the table (default: where the rules read it)")
     command.add_argument("--max-seconds", type=float, default=600.0)
     given = parser.parse_args(arguments)
     if given.command == "tune":
-        return tune.main(given.out, given.max_seconds)
+        unknown = set(given.families) - set(tune.FAMILIES)
+        if unknown:
+            parser.error(f"unknown {', '.join(sorted(unknown))}; known: {families}")
+        try:
+            linear = [tune_linear.parse(text) for text in given.linear]
+        except ValueError as error:
+            parser.error(f"--linear: {error}")
+        return tune.main(given.out, given.max_seconds, given.families, linear)
     if given.command == "doctor":
         return doctor.main(as_json=given.json)
     try:

@@ -4,7 +4,8 @@ The alternative is the library's GEMM and one pass over its result. `FUSED_GEMM`
 says which it is, for the whole process:
 
     library   always the library's GEMM
-    auto      one kernel where a rule of kernels/gemm_tuning.py has it faster (the default)
+    auto      one kernel where a rule of kernels/gemm_tuning.py has it faster, or where
+              `python -m fused tune linear` has measured so on this GPU (the default)
     fused     one kernel wherever there is one
 
 Where no kernel serves a case the library's GEMM does, whatever is asked for. The batch decides
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .backend import choose
-from .kernels import gemm_tuning
+from .kernels import gemm_tuning, tuned
 from .kernels.gemm_tuning import Kind
 from .spec import NORM_NAMES
 
@@ -39,7 +40,7 @@ def checked_mode(name: str) -> str:
 
 mode = checked_mode(os.environ.get("FUSED_GEMM") or "auto")
 # What callers ask first, because it costs nothing.
-enabled = mode == "fused" or (mode == "auto" and bool(gemm_tuning.RULES))
+enabled = mode == "fused" or (mode == "auto" and gemm_tuning.has_rules())
 
 
 def serves_row(x: Tensor, weight: Tensor, norm: int) -> bool:
@@ -49,29 +50,35 @@ def serves_row(x: Tensor, weight: Tensor, norm: int) -> bool:
         x: (rows, inner).
         weight: (cols, inner).
     """
-    if not _is_readable(x, weight):
-        return False
-    kind, device = Kind(NORM_NAMES[norm], x.dtype, _precision(x.dtype)), _device(x.get_device())
-    tile = gemm_tuning.row_tile(weight.shape[0], kind, *device)
-    return tile is not None and _is_faster(weight, kind, device)
+    name = NORM_NAMES[norm]
+    return has_kernel(x, weight, name) and _is_chosen(x, weight, name)
 
 
 def serves_channel(x: Tensor, weight: Tensor, norm: int, groups: int) -> bool:
     """Whether `ops.linear_channel_forward` runs a chain with batch or group norm."""
+    name = NORM_NAMES[norm]
+    return has_kernel(x, weight, name, groups) and _is_chosen(x, weight, name)
+
+
+def has_kernel(x: Tensor, weight: Tensor, norm: str | None, groups: int = 1) -> bool:
+    """Whether there is a kernel for such a Linear, the faster way or not."""
     if not _is_readable(x, weight):
         return False
-    kind, device = Kind(NORM_NAMES[norm], x.dtype, _precision(x.dtype)), _device(x.get_device())
-    if kind.norm == "group":
-        tile = gemm_tuning.group_tile(weight.shape[0] // groups, kind, *device)
-        if tile is None:
-            return False
-    return _is_faster(weight, kind, device)
+    kind, device = Kind(norm, x.dtype, _precision(x.dtype)), _device(x.get_device())
+    cols = weight.shape[0]
+    if norm == "batch":
+        return True
+    if norm == "group":
+        return gemm_tuning.group_tile(cols // groups, kind, *device) is not None
+    return gemm_tuning.row_tile(cols, kind, *device) is not None
 
 
-def _is_faster(weight: Tensor, kind: Kind, device: tuple[int, int]) -> bool:
+def _is_chosen(x: Tensor, weight: Tensor, norm: str | None) -> bool:
     """Whether a kernel is to be used where there is one."""
+    if mode == "fused":
+        return True
     cols, inner = weight.shape
-    return mode == "fused" or gemm_tuning.is_faster(cols, inner, kind, device[0])
+    return _is_faster(cols, inner, norm, x.dtype, _precision(x.dtype), x.get_device())
 
 
 def _is_readable(x: Tensor, weight: Tensor) -> bool:
@@ -88,7 +95,7 @@ def _is_on_gpu(x: Tensor) -> bool:
     return x.is_cuda and choose("cuda", x.dtype) == "triton"
 
 
-# The compiler takes what these two return for constant, as in backend.py. It guards on TF32 itself.
+# The compiler takes what these return for constant, as in backend.py. It guards on TF32 itself.
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -103,5 +110,20 @@ def _device(index: int) -> tuple[int, int]:
     return device.arch, device.warp_size
 
 
+def _name(index: int) -> str:
+    from .kernels import tuning
+
+    return tuning.gpu(index).name
+
+
+def _is_faster(
+    cols: int, inner: int, norm: str | None, dtype: torch.dtype, precision: str, index: int
+) -> bool:
+    name = _name(index) if tuned.any_linear() else ""
+    kind = Kind(norm, dtype, precision)
+    return gemm_tuning.is_faster(cols, inner, kind, _device(index)[0], name)
+
+
 _precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _device._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_faster._dynamo_marked_constant = True  # type: ignore[attr-defined]

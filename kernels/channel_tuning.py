@@ -6,11 +6,11 @@ choice between kernels, depend on it. "static" figures are as in tuning.py.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import triton
 
+from . import tuned
 from .tuning import (
     INTERPRETER_PROGRAMS,
     PERSISTENT_THREADS_PER_SM,
@@ -77,7 +77,26 @@ def _near_power_of_two(n: int, limit: int) -> int:
     return size
 
 
-@lru_cache(maxsize=4096)
+AnyTile = TypeVar("AnyTile", ChannelTile, GroupTile)
+
+
+def _measured(
+    kernel: str, last: bool, parts: tuple[int, ...], tile: AnyTile, device: Device
+) -> AnyTile:
+    """The tile with the rows and warps that were measured on this GPU, where they were.
+
+    Rows are what does not lie along the contiguous dimension: positions, in planar memory channels.
+    parts: what a tile of this shape depends on besides the layout.
+    """
+    width, rows = (tile.units, tile.run) if last else (tile.run, tile.units)
+    key = tuned.key_of(kernel, "last" if last else "planar", *parts, tile.units, tile.run)
+    rows, warps = tuned.choose(device.name, key, (rows, tile.num_warps), width)
+    if last:
+        return tile._replace(run=rows, num_warps=warps)
+    return tile._replace(units=rows, num_warps=warps)
+
+
+@tuned.cached
 def walk_tile(
     channels: int, run_limit: int | None, last: bool, align: int, kind: str, device: Device
 ) -> ChannelTile:
@@ -99,7 +118,8 @@ def walk_tile(
         run = min(run, max(8, triton.next_power_of_2(run_limit)))
         units = min(triton.next_power_of_2(channels), elements // run)
     warps = warps_of(units * run, per_thread, device.warp_size, 1024 // device.warp_size)
-    return ChannelTile(units, run, warps)
+    tile = ChannelTile(units, run, warps)
+    return _measured(f"channel_{kind}", last, (align,), tile, device)
 
 
 def walk_chunks(
@@ -134,6 +154,7 @@ def merge_tile(width: int, device: Device) -> Tile:
 # Elements of a tile that holds whole groups, forward and backward: 16 a thread of 1024 and of 512
 # threads. static: 61 and 124 registers where channels lie last, 58 and 99 in planar memory.
 HELD_ELEMENTS = (16384, 8192)
+DIRECTIONS = ("forward", "backward")
 # Elements of a step of the kernels that walk over a group twice: 8 a thread at 16 warps. static: 55
 # registers forward, 108 backward.
 LOOP_ELEMENTS = 4096
@@ -173,10 +194,10 @@ def group_tile(
     # With fewer programs than half the SMs, sharing groups is worth a second reading.
     if size > LOOP_BYTES or programs < device.processors // 2:
         return "split", None
-    return "loop", tile
+    return "loop", _measured_loop_tile(tile, width, last, backward, device)
 
 
-@lru_cache(maxsize=4096)
+@tuned.cached
 def _held_tile(
     channels: int,
     positions: int,
@@ -188,12 +209,13 @@ def _held_tile(
 ) -> GroupTile | None:
     width = channels // groups
     limit = HELD_ELEMENTS[backward]
+    align = alignment(channels if last else positions, itemsize)
     units = triton.next_power_of_2(width)
     run = triton.next_power_of_2(positions)
     together = 1
     small, per_thread = (1024, 8) if backward else (2048, 16)
     # As in walk_tile.
-    narrow = max(1, per_thread // (4 * alignment(channels if last else positions, itemsize)))
+    narrow = max(1, per_thread // (4 * align))
     small //= narrow
     if last:
         if units != width:
@@ -216,10 +238,16 @@ def _held_tile(
     warps = warps_of(
         units * run, per_thread // narrow, device.warp_size, threads // device.warp_size
     )
-    return GroupTile(together, units, run, warps)
+    # Of whole groups there can be more or fewer, and nothing else.
+    of_group = units // together
+    layout = "last" if last else "planar"
+    parts = (layout, itemsize, align, width, units, run)
+    key = tuned.key_of(f"channel_held_{DIRECTIONS[backward]}", *parts)
+    together, warps = tuned.choose(device.name, key, (together, warps), of_group * run)
+    return GroupTile(together, together * of_group, run, warps)
 
 
-@lru_cache(maxsize=4096)
+@tuned.cached
 def _loop_tile(channels: int, positions: int, groups: int, last: bool, device: Device) -> GroupTile:
     width = channels // groups
     elements = LOOP_ELEMENTS
@@ -235,6 +263,14 @@ def _loop_tile(channels: int, positions: int, groups: int, last: bool, device: D
         run = min(run, max(8, triton.next_power_of_2(positions)))
     warps = warps_of(units * run, 8, device.warp_size, 512 // device.warp_size)
     return GroupTile(together, units, run, warps)
+
+
+# Asked for the tiles that are used alone: tune.py measures what was asked.
+@tuned.cached
+def _measured_loop_tile(
+    tile: GroupTile, width: int, last: bool, backward: bool, device: Device
+) -> GroupTile:
+    return _measured(f"channel_loop_{DIRECTIONS[backward]}", last, (width,), tile, device)
 
 
 def held_programs(samples: int, group_blocks: int, tile: GroupTile, device: Device) -> int:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import tuned
+
 
 class Kind(NamedTuple):
     """What the rules know of a chain besides its widths."""
@@ -47,7 +49,8 @@ class Rule(NamedTuple):
 THREADS = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Empty, because none has been measured on any GPU: by default the library's GEMM serves every
-# Linear, and the kernels are asked for by FUSED_GEMM=fused.
+# Linear, except where `python -m fused tune` found it slower on this machine; FUSED_GEMM=fused asks
+# for the kernels.
 RULES: tuple[Rule, ...] = ()
 
 
@@ -57,14 +60,26 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and tf32 else "ieee"
 
 
-def is_faster(cols: int, inner: int, kind: Kind, arch: int) -> bool:
-    """Whether a rule says so."""
-    return any(
+def is_faster(cols: int, inner: int, kind: Kind, arch: int, gpu: str = "") -> bool:
+    """Whether a rule says so, or the table of this machine (tuned.py), by the GPU's name."""
+    ruled = any(
         (rule.norm, rule.dtype, rule.arch) == (kind.norm, kind.dtype, arch)
         and cols <= rule.most_cols
         and inner <= rule.most_inner
         for rule in RULES
     )
+    return ruled or tuned.linear_is_faster(gpu, key_of(cols, inner, kind))
+
+
+def has_rules() -> bool:
+    """Whether `is_faster` is true of any Linear."""
+    return bool(RULES) or tuned.any_linear()
+
+
+def key_of(cols: int, inner: int, kind: Kind) -> str:
+    """The key of a Linear in that table."""
+    name = str(kind.dtype).removeprefix("torch.")
+    return tuned.key_of("linear", kind.norm, name, kind.precision, cols, inner)
 
 
 def row_tile(cols: int, kind: Kind, arch: int, warp_size: int) -> GemmTile | None:

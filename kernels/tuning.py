@@ -102,7 +102,7 @@ def forward_tile(cols: int, norm: str | None, device: Device) -> Tile:
     # static, with a linear bias: 1024 columns 47 registers, 4096 48, 8192 63, 16384 60.
     warps = warps_of(block_m * block_n, 16, device.warp_size, 1024 // device.warp_size)
     key = tuned.key_of("row_forward", block_n, norm)
-    block_m, warps = tuned.choose(device.name, key, (block_m, warps))
+    block_m, warps = tuned.choose(device.name, key, (block_m, warps), block_n)
     return Tile(block_m, block_n, warps)
 
 
@@ -135,7 +135,7 @@ def backward_tile(
     block_m = max(1, 1024 // block_n)
     warps = warps_of(block_m * block_n, 8, device.warp_size, 512 // device.warp_size)
     key = tuned.key_of("row_backward", block_n, norm, sums, itemsize)
-    block_m, warps = tuned.choose(device.name, key, (block_m, warps))
+    block_m, warps = tuned.choose(device.name, key, (block_m, warps), block_n)
     return Tile(block_m, block_n, warps)
 
 

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from fused.kernels import tuned
 
 from fused import backend, gemm, small
 
@@ -81,3 +82,13 @@ def fused_mode() -> Iterator[None]:
     """FUSED_GEMM=fused."""
     with mock.patch.multiple(gemm, mode="fused", enabled=True):
         yield
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where `FUSED_TUNING` has the rules look for what was measured; there is nothing yet."""
+    path = tmp_path / "tuning.json"
+    monkeypatch.setenv("FUSED_TUNING", str(path))
+    tuned.forget()
+    yield path
+    tuned.forget()

@@ -84,7 +84,7 @@ def test_the_environment_is_read(asked: str, expected: str) -> None:
         "import sys; from fused import gemm; print(gemm.mode, gemm.enabled);"
         "assert 'triton' not in sys.modules"
     )
-    assert python(code, FUSED_GEMM=asked).out == expected
+    assert python(code, FUSED_GEMM=asked, FUSED_TUNING="0").out == expected
 
 
 def test_another_value_is_one_clear_error() -> None:

@@ -1,9 +1,10 @@
-"""`python -m fused tune` and the table that it writes, without a GPU."""
+"""`python -m fused tune`: the search, its cases and the command, without a GPU."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,73 +13,13 @@ import torch
 
 pytest.importorskip("triton", reason="the rules are those of Triton kernels")
 
-from fused.kernels import tuned, tuning
+from fused.kernels import channel_tuning, tuned, tuning
+from test_tuned import GPU, forward_tile, key
 
-from fused import tune
+from fused import backend, tune, tune_cases
 from fused.__main__ import main
 
-GPU = tuning.Device(132, 32, 90, "Some GPU")
-CASE = tune.Case("row_forward", 4096, "layer", torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    path = tmp_path / "tuning.json"
-    monkeypatch.setenv("FUSED_TUNING", str(path))
-    tuned.forget()
-    yield path
-    tuned.forget()
-
-
-def forward_tile(cols: int = 4096, device: tuning.Device = GPU) -> tuning.Tile:
-    return tuning.forward_tile(cols, "layer", device)
-
-
-def key(cols: int = 4096) -> str:
-    return tuned.key_of("row_forward", cols, "layer")
-
-
-def test_the_rules_read_the_table(table: Path) -> None:
-    rule = forward_tile()
-    tuned.write(table, {GPU.name: {key(): [2, 16]}})
-    assert forward_tile() == rule, "read once"
-    tuned.forget()
-    assert forward_tile() == tuning.Tile(2, 4096, 16)
-    assert forward_tile(3000) == tuning.Tile(2, 4096, 16), "all widths of a tile"
-    assert forward_tile(2048).block_n == 2048
-    assert forward_tile(device=GPU._replace(name="Another")) == rule
-    assert forward_tile(device=GPU._replace(name="")) == rule
-
-
-def test_backward_has_keys_of_its_own(table: Path) -> None:
-    own = tuned.key_of("row_backward", 1024, "rms", 1, 2)
-    tuned.write(table, {GPU.name: {own: [2, 2]}})
-    assert tuning.backward_tile(1000, "rms", 1, 2, GPU) == tuning.Tile(2, 1024, 2)
-    assert tuning.backward_tile(1000, "rms", 1, 4, GPU) != tuning.Tile(2, 1024, 2)
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", "[]", '{"version": 0}', '{"version": 1, "tiles": {"Some GPU": {"row_forward": [3, 4]}}}'],
-)
-def test_a_broken_table_is_said_once_and_not_used(table: Path, content: str) -> None:
-    rule = forward_tile()
-    table.write_text(content)
-    tuned.forget()
-    with pytest.warns(UserWarning, match="is not used .*run 'python -m fused tune'"):
-        assert forward_tile() == rule
-    assert forward_tile(512).block_n == 512, "no second warning, which would be an error here"
-
-
-def test_the_table_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("FUSED_TUNING", "0")
-    assert tuned.table_path() is None
-    monkeypatch.delenv("FUSED_TUNING")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tuned.table_path() == tmp_path / "fused" / "tuning.json"
-
-
-# ---- the search ----
+pytestmark = pytest.mark.usefixtures("table")
 
 
 def fake(fastest: tuple[int, int], *, wrong: bool = False) -> tuple[Callable[[], Any], Any]:
@@ -106,27 +47,105 @@ def fake(fastest: tuple[int, int], *, wrong: bool = False) -> tuple[Callable[[],
 def test_a_faster_neighbour_is_found() -> None:
     rows, warps = forward_tile().block_m, forward_tile().num_warps
     call, measure = fake((rows, warps * 2))
-    assert tune.best_tile(CASE, call, 32, measure) == (
-        *(key(), (rows, warps), (rows, warps * 2)),
-        2.0,
-    )
+    expected, (asked,) = tune.tiles_of(call)
+    assert asked == (key(), (rows, warps), 4096)
+    assert tune.best_tile(asked, call, expected, 32, measure) == ((rows, warps * 2), 2.0)
     assert forward_tile() == tuning.Tile(rows, 4096, warps), "nothing stays behind"
 
 
 def test_a_tile_that_fails_or_errs_is_left_out() -> None:
     rows, warps = forward_tile().block_m, forward_tile().num_warps
     assert (rows, 4) in tune.neighbours((rows, warps), 4096, 32)
-    call, measure = fake((rows, 4))
-    assert tune.best_tile(CASE, call, 32, measure)[2] is None
-    call, measure = fake((rows, warps * 2), wrong=True)
-    assert tune.best_tile(CASE, call, 32, measure)[2] is None
+    for call, measure in (fake((rows, 4)), fake((rows, warps * 2), wrong=True)):
+        expected, (asked,) = tune.tiles_of(call)
+        assert tune.best_tile(asked, call, expected, 32, measure)[0] is None
+
+
+class FakeCase:
+    """A case whose call asks two rules, of which one was asked by the case before."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def make_call(self, device: str) -> Callable[[], list[torch.Tensor]]:
+        def call() -> list[torch.Tensor]:
+            for kind in ("moments", self.kind):
+                made[kind] = channel_tuning.walk_tile(64, 3136, False, 8, kind, GPU).num_warps
+            return [torch.ones(3)]
+
+        return call
+
+
+made: dict[str, int] = {}  # warps that were used last
+# Moments have 8 by the rule, the others 4.
+LIKED = {"moments": 16, "apply": 8, "sums": 4}
+MOMENTS, APPLY = "channel_moments planar 8 32 256", "channel_apply planar 8 8 256"
+
+
+def by_liking(calls: list[Callable[[], Any]]) -> list[list[float]]:
+    """A clock that likes some numbers of warps."""
+    found = []
+    for one in calls:
+        one()
+        found.append([4.0 - sum(made[kind] == LIKED[kind] for kind in made)] * 3)
+    return found
+
+
+def test_every_tile_of_a_case_is_measured_once() -> None:
+    made.clear()
+    tiles = {APPLY: [16, 16], "channel_sums planar 8 4 256": [8, 8], "another": [1, 1]}
+    cases: Any = iter([FakeCase("apply"), FakeCase("sums")])
+    assert len(list(tune.tune_tiles(cases, tiles, "cpu", 32, by_liking))) == 3
+    assert {key: tile[1] for key, tile in tiles.items()} == {"another": 1, MOMENTS: 16, APPLY: 8}
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU on which a tile takes a second to measure."""
+    made.clear()
+    seconds = itertools.count()
+    for name, value in {
+        "is_available": lambda: True,
+        "get_device_name": lambda: GPU.name,
+        "get_device_properties": lambda index: GPU,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(backend, "why_not", lambda *args: "")
+    monkeypatch.setattr(tune.time, "monotonic", lambda: float(next(seconds)))
+    monkeypatch.setattr(tune, "measure_on_gpu", by_liking)
+    monkeypatch.setattr(tune, "row_cases", lambda: iter([FakeCase("apply"), FakeCase("sums")]))
+    monkeypatch.setattr(tune, "channel_cases", lambda: iter([FakeCase("apply")]))
+    monkeypatch.setattr(tune, "default_cases", lambda: iter([]))
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_the_command_writes_the_table(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    others = {"Another GPU": {"row_forward 256 layer": [1, 1]}}
+    tuned.write(table, {**others, GPU.name: {"measured before": [2, 2]}})
+    assert main(["tune", "channels"]) == 0
+    found = json.loads(table.read_text())["tiles"]
+    assert found["Another GPU"] == others["Another GPU"]
+    assert set(found[GPU.name]) == {"measured before", MOMENTS, APPLY}
+    assert "3 tiles differ from the rules', 0 Linears are faster" in capsys.readouterr().out
+    tile = channel_tuning.walk_tile(64, 3136, False, 8, "apply", GPU)
+    assert tile.num_warps == 8, "the rules read it at once"
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_each_family_has_its_part_of_the_time(
+    table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", "--max-seconds", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "rows stopped by the time limit" in said and "channels stopped" in said
+    assert MOMENTS in json.loads(table.read_text())["tiles"][GPU.name], "what was found is kept"
 
 
 def test_neighbours_are_tiles() -> None:
-    for case in tune.cases():
+    for case in tune_cases.row_cases():
         tile = (
             tuning.forward_tile(case.cols, case.norm, GPU)
-            if case.kernel == "row_forward"
+            if case.direction == "forward"
             else tuning.backward_tile(case.cols, case.norm, 1, case.dtype.itemsize, GPU)
         )
         found = tune.neighbours((tile.block_m, tile.num_warps), case.cols, 32)
@@ -135,10 +154,32 @@ def test_neighbours_are_tiles() -> None:
             assert 4 <= rows * case.cols / (warps * 32) <= 64 and warps <= 32
 
 
-@pytest.mark.parametrize("case", list(tune.cases()), ids=str)
-def test_calls_run_the_operators(case: tune.Case) -> None:
-    call = tune.make_call(case, "cpu", elements=4 * case.cols)
-    assert all(bool(t.isfinite().all()) for t in call())
+CASES = [*tune_cases.row_cases(), *tune_cases.channel_cases()]
+
+
+def test_calls_run_the_operators() -> None:
+    for case in CASES:
+        size = case.cols if isinstance(case, tune_cases.RowCase) else case.channels * case.positions
+        if size <= 1 << 17:  # the others are as these
+            call = case.make_call("cpu", elements=3 * size)
+            assert all(bool(t.isfinite().all()) for t in call()), case
+
+
+def test_the_cases_ask_every_rule() -> None:
+    """At the batch that they have on a GPU, where each way of group_tile is taken."""
+    kernels = set()
+    for case in tune_cases.channel_cases():
+        samples = tune_cases.ELEMENTS // (case.channels * case.positions)
+        groups = tune_cases.GROUPS if case.norm == "group" else case.channels
+        shape = (samples, case.channels, case.positions, groups)
+        with tuned.asked() as asked:
+            if case.norm != "batch":
+                channel_tuning.group_tile(
+                    shape, case.last, case.dtype.itemsize, case.direction == "backward", GPU
+                )
+        kernels |= {one.key.split()[0] for one in asked}
+    ways = {f"channel_{way}_{d}" for way in ("held", "loop") for d in tune_cases.DIRECTIONS}
+    assert kernels == ways
 
 
 def test_without_a_gpu_the_command_says_so(
@@ -153,9 +194,10 @@ def test_without_a_gpu_the_command_says_so(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu(table: Path) -> None:
-    assert main(["tune", "--max-seconds", "20"]) == 0
+    linear = ["--linear", "128,256,bfloat16,layer"]
+    assert main(["tune", *tune.FAMILIES, *linear, "--max-seconds", "60"]) == 0
     found = json.loads(table.read_text())
-    assert list(found["tiles"]) == [torch.cuda.get_device_name()]
+    assert list(found["tiles"]) == list(found["linear"]) == [torch.cuda.get_device_name()]
     from fused import functional
 
     functional.norm_act(torch.randn(64, 256, device="cuda"), norm="layer", activation="gelu")
