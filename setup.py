@@ -60,6 +60,7 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # longest to compile come first.
 SOURCES: dict[str, list[str]] = {
     "csrc/cpu/row_portable.cpp": [],
+    "csrc/cpu/gated_portable.cpp": [],
     "csrc/cpu/channel_portable.cpp": [],
     "csrc/channel.cpp": [],
     "csrc/row.cpp": [],
@@ -77,6 +78,8 @@ if IS_X86:
     SOURCES = {
         "csrc/cpu/row_avx512.cpp": AVX512_FLAGS,
         "csrc/cpu/row_avx2.cpp": AVX2_FLAGS,
+        "csrc/cpu/gated_avx512.cpp": AVX512_FLAGS,
+        "csrc/cpu/gated_avx2.cpp": AVX2_FLAGS,
         "csrc/cpu/channel_avx512.cpp": AVX512_FLAGS,
         "csrc/cpu/channel_avx2.cpp": AVX2_FLAGS,
         **SOURCES,

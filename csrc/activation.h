@@ -267,4 +267,8 @@ struct ReluSquared {
       apply(GeluTanh) apply(Silu) apply(Mish) apply(Sigmoid) apply(Tanh) apply(Hardswish)      \
           apply(Hardsigmoid) apply(Softplus) apply(ReluSquared)
 
+// The gates of the gated activations in the order of their codes.
+#define FUSED_FOR_EACH_GATE(apply) \
+  apply(Sigmoid) apply(Silu) apply(Gelu) apply(GeluTanh) apply(Relu)
+
 }  // namespace fused::FUSED_TARGET

@@ -95,6 +95,9 @@ const void* column_array(const OptionalTensor& tensor, Storage compute, int slot
 }
 
 void check_activation(int64_t activation) {
+  STD_TORCH_CHECK(!is_gated(activation), "fused: a gated activation (code ", activation,
+                  ") halves the columns, which row_forward and row_backward alone do; write its "
+                  "result to a new tensor with row_forward");
   STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "fused: unknown activation code ",
                   activation);
 }

@@ -27,6 +27,7 @@ int32_t compute_dtype(Storage storage);
 // A (cols,) parameter in the compute type: itself, or converted into a buffer of this thread.
 const void* column_array(const OptionalTensor& tensor, Storage compute, int slot, int64_t cols);
 
+// Raises for codes that are unknown or those of gated activations.
 void check_activation(int64_t activation);
 
 // The seed of dropout, after a check of the threshold; 0 without dropout.

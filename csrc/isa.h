@@ -9,6 +9,7 @@ namespace fused {
 struct Kernels {
   const char* name;
   const RowKernels& row;
+  const GatedKernels& gated;
   const ChannelKernels& channel;
 };
 

@@ -1,7 +1,7 @@
 // The CPU implementations of the row operators (schemas: fused/ops.py), on libtorch's stable ABI.
 //
 // This file allocates and splits the rows over threads; the arithmetic is in cpu/row_forward.h and
-// cpu/row_backward.h.
+// cpu/row_backward.h, that of gated activations in cpu/gated_forward.h and cpu/gated_backward.h.
 #include <algorithm>
 #include <cstring>
 #include <tuple>
@@ -19,10 +19,11 @@ namespace {
 
 using torch::stable::Tensor;
 
-int64_t checked_row_stride(const Tensor& tensor, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(
-      tensor.dim() == 2 && tensor.size(0) == like.size(0) && tensor.size(1) == like.size(1),
-      "fused: ", name, " must be (", like.size(0), ", ", like.size(1), ")");
+// Of z itself, or of another tensor with its rows and `cols` columns.
+int64_t checked_row_stride(const Tensor& tensor, const Tensor& like, int64_t cols,
+                           const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == like.size(0) && tensor.size(1) == cols,
+                  "fused: ", name, " must be (", like.size(0), ", ", cols, ")");
   STD_TORCH_CHECK(tensor.stride(1) == 1 || tensor.size(1) <= 1, "fused: ", name,
                   " must have contiguous rows");
   STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), "fused: ", name,
@@ -45,7 +46,12 @@ void fill_problem(RowProblem& problem, const Tensor& z, const OptionalTensor& bi
   STD_TORCH_CHECK(z.dim() == 2, "fused: z must be (rows, cols), got ", z.dim(), " dimensions");
   STD_TORCH_CHECK(scalars.norm >= 0 && scalars.norm <= 2, "fused: unknown norm code ",
                   scalars.norm);
-  check_activation(scalars.activation);
+  if (!is_gated(scalars.activation)) {
+    check_activation(scalars.activation);
+  } else {
+    STD_TORCH_CHECK(z.size(1) % 2 == 0, "fused: a gated activation halves the columns of z, so ",
+                    "their number must be even, got ", z.size(1));
+  }
   problem.cols = z.size(1);
   problem.norm = static_cast<Norm>(scalars.norm);
   problem.eps = scalars.eps;
@@ -54,16 +60,25 @@ void fill_problem(RowProblem& problem, const Tensor& z, const OptionalTensor& bi
   problem.threshold = static_cast<uint32_t>(scalars.threshold);
   problem.seed = checked_seed(scalars.threshold, seed);
   problem.z = z.data_ptr();
-  problem.z_stride = checked_row_stride(z, z, "z");
+  problem.z_stride = checked_row_stride(z, z, problem.cols, "z");
   problem.bias = column_array(bias, compute, 0, problem.cols);
   problem.norm_weight = column_array(norm_weight, compute, 1, problem.cols);
   problem.norm_bias = column_array(norm_bias, compute, 2, problem.cols);
 }
 
+// The columns of y and dy.
+int64_t output_cols(const Tensor& z, int64_t activation) {
+  return is_gated(activation) ? z.size(1) / 2 : z.size(1);
+}
+
 // ---- forward ----
 
-void run_forward(const RowForward& problem, int64_t rows, Storage storage, int64_t activation) {
-  const ForwardKernel kernel = active_kernels().row.forward[static_cast<int>(storage)][activation];
+void run_forward(const RowForward& problem, int64_t rows, Storage storage_, int64_t activation) {
+  const int storage = static_cast<int>(storage_);
+  const Kernels& kernels = active_kernels();
+  const ForwardKernel kernel = is_gated(activation)
+                                   ? kernels.gated.forward[storage][activation - kFirstGated]
+                                   : kernels.row.forward[storage][activation];
   const size_t scratch = sizeof(double) * forward_scratch(problem.cols);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, problem.cols));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
@@ -94,17 +109,18 @@ std::tuple<Tensor, Tensor> row_forward(Tensor z, OptionalTensor bias, OptionalTe
   const Storage storage = storage_of(z);
   const int64_t rows = z.size(0), cols = z.size(1);
   const int32_t dtype = dtype_of(z);
-  Tensor y = new_tensor({rows, cols}, dtype);
+  const int64_t y_cols = output_cols(z, activation);
+  Tensor y = new_tensor({rows, y_cols}, dtype);
   Tensor statistics = new_tensor({statistics_of(problem.norm), rows}, compute_dtype(storage));
   if (rows && cols) {
     if (residual) {
       problem.residual = residual->data_ptr();
-      problem.residual_stride = checked_row_stride(*residual, z, "residual");
+      problem.residual_stride = checked_row_stride(*residual, z, y_cols, "residual");
     }
     problem.y = y.data_ptr();
-    problem.y_stride = cols;
+    problem.y_stride = y_cols;
     place_statistics(problem, statistics.data_ptr(), rows, storage);
-    problem.streaming = worth_streaming(y, cols);
+    problem.streaming = worth_streaming(y, y_cols);
     run_forward(problem, rows, storage, activation);
   } else if (statistics.numel()) {  // rows without elements
     memset(statistics.data_ptr(), 0,
@@ -118,6 +134,7 @@ void row_forward_inplace(Tensor z, OptionalTensor bias, OptionalTensor norm_weig
                          OptionalTensor norm_bias, OptionalTensor residual, OptionalTensor seed,
                          int64_t norm, double eps, int64_t activation, double alpha, double beta,
                          int64_t threshold) {
+  check_activation(activation);
   RowForward problem;
   fill_problem(problem, z, bias, norm_weight, norm_bias, seed,
                {norm, eps, activation, alpha, beta, threshold});
@@ -126,7 +143,7 @@ void row_forward_inplace(Tensor z, OptionalTensor bias, OptionalTensor norm_weig
   if (!rows || !z.size(1)) return;
   if (residual) {
     problem.residual = residual->data_ptr();
-    problem.residual_stride = checked_row_stride(*residual, z, "residual");
+    problem.residual_stride = checked_row_stride(*residual, z, problem.cols, "residual");
   }
   problem.y = z.data_ptr();
   problem.y_stride = problem.z_stride;
@@ -203,7 +220,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
   const int64_t rows = z.size(0), cols = z.size(1);
   const int32_t dtype = dtype_of(z);
   problem.dy = dy.data_ptr();
-  problem.dy_stride = checked_row_stride(dy, z, "dy");
+  const int64_t dy_cols = output_cols(z, activation);
+  problem.dy_stride = checked_row_stride(dy, z, dy_cols, "dy");
   STD_TORCH_CHECK(statistics.numel() == statistics_of(problem.norm) * rows &&
                       (storage_of(statistics) == compute) && statistics.is_contiguous(),
                   "fused: statistics must be those of the forward pass");
@@ -221,9 +239,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
   const PartialSum dbias(wanted & kWantBias, chunks, cols, sum_dtype);
   if (rows && cols) {
     problem.dz = dz.data_ptr();
-    problem.streaming = worth_streaming(dz, cols);
+    // Without a norm the halves of dz are stored as they come, else whole rows by a second pass.
+    problem.streaming = worth_streaming(dz, normed ? cols : dy_cols);
+    const Kernels& kernels = active_kernels();
     const BackwardKernel kernel =
-        active_kernels().row.backward[static_cast<int>(storage)][activation];
+        is_gated(activation)
+            ? kernels.gated.backward[static_cast<int>(storage)][activation - kFirstGated]
+            : kernels.row.backward[static_cast<int>(storage)][activation];
     const size_t scratch = sizeof(double) * backward_scratch(cols);
     const int64_t grain = std::max<int64_t>(1, kGrain / (per_chunk * cols));
     torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {

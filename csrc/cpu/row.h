@@ -23,7 +23,9 @@ struct RowProblem {
   const void* bias = nullptr;
   const void* norm_weight = nullptr;
   const void* norm_bias = nullptr;
-  bool streaming = false;  // write past the caches; rows of the output are 64-byte aligned
+  // Write past the caches: rows of the output, or what is written of them at a time, are 64-byte
+  // aligned.
+  bool streaming = false;
 };
 
 struct RowForward : RowProblem {
@@ -75,5 +77,16 @@ struct RowKernels {
 const RowKernels& row_kernels_portable();
 const RowKernels& row_kernels_avx2();
 const RowKernels& row_kernels_avx512();
+
+// Of the gated activations, from kFirstGated on: z, dz and the parameters have `cols` columns,
+// residual, y and dy have cols / 2. cols is even; y is not z.
+struct GatedKernels {
+  ForwardKernel forward[kStorages][kGatedActivations];
+  BackwardKernel backward[kStorages][kGatedActivations];
+};
+
+const GatedKernels& gated_kernels_portable();
+const GatedKernels& gated_kernels_avx2();
+const GatedKernels& gated_kernels_avx512();
 
 }  // namespace fused
