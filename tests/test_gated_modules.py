@@ -5,6 +5,7 @@ What the operators compute is tests/test_gated.py's.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -100,7 +101,7 @@ def test_every_module_is_recognised(norm: nn.Module | None, module: nn.Module) -
 def test_behind_norms_over_samples_and_positions(
     modules: list[nn.Module], shape: tuple[int, ...], training: bool, backend: str
 ) -> None:
-    modules = [*modules, nn.Dropout(0.0)]
+    modules = [*copy.deepcopy(modules), nn.Dropout(0.0)]
     plain, net = plain_of(modules, NAMES).train(training), fused.Sequential(*modules)
     net.train(training)
     with fused.use_backend(backend):
