@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .autograd import Codes
-from .dispatch import chain, make_codes, without_norm
+from .dispatch import chain, is_tracing, make_codes, without_norm
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -47,8 +47,9 @@ class _Gated(nn.Module):
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(x) not in _PLAIN or x.is_nested or not x.is_floating_point() or x.dim() == 0:
-            return self._plain(x)
+        plain = type(x) in _PLAIN and x.is_floating_point() and x.dim() > 0 and not x.is_nested
+        if not plain or is_tracing():
+            return self._by_torch(x)
         size = x.shape[self.dim]
         if size % 2:
             raise ValueError(
@@ -57,7 +58,7 @@ class _Gated(nn.Module):
         codes = make_codes(None, 0.0, self.activation, 0.0)
         return gate(x, self.dim % x.dim(), codes, None, None)
 
-    def _plain(self, x: Tensor) -> Tensor:
+    def _by_torch(self, x: Tensor) -> Tensor:
         y = reference.activate(x.transpose(self.dim, -1), self.activation)
         return y.transpose(self.dim, -1)
 

@@ -369,6 +369,15 @@ def test_forward_mode_and_vmap_are_torchs() -> None:
     torch.testing.assert_close(torch.func.vmap(call)(stacked), plain(stacked))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("dim, shape", [(-1, (5, 6)), (1, (2, 6, 5))])
+def test_trace_records_torchs_operators(dim: int, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    traced = torch.jit.trace(SwiGLU(dim), x)
+    assert "fused_lnad" not in str(traced.graph)
+    torch.testing.assert_close(traced(x), SwiGLU(dim)(x))
+
+
 def test_fuse_takes_a_gated_chain() -> None:
     model = nn.Sequential(
         nn.Sequential(nn.Linear(6, 16), nn.GLU(), nn.Dropout(0.0)), nn.Linear(8, 2)
