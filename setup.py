@@ -60,8 +60,8 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # longest to compile come first.
 SOURCES: dict[str, list[str]] = {
     "csrc/cpu/row_portable.cpp": [],
-    "csrc/cpu/gated_portable.cpp": [],
     "csrc/cpu/channel_portable.cpp": [],
+    "csrc/cpu/gated_portable.cpp": [],
     "csrc/channel.cpp": [],
     "csrc/row.cpp": [],
     "csrc/channel_backward.cpp": [],
@@ -76,14 +76,10 @@ SOURCES: dict[str, list[str]] = {
 }
 if IS_X86:
     SOURCES = {
-        "csrc/cpu/row_avx512.cpp": AVX512_FLAGS,
-        "csrc/cpu/row_avx2.cpp": AVX2_FLAGS,
-        "csrc/cpu/gated_avx512.cpp": AVX512_FLAGS,
-        "csrc/cpu/gated_avx2.cpp": AVX2_FLAGS,
-        "csrc/cpu/channel_avx512.cpp": AVX512_FLAGS,
-        "csrc/cpu/channel_avx2.cpp": AVX2_FLAGS,
-        **SOURCES,
-    }
+        f"csrc/cpu/{family}_{isa}.cpp": flags
+        for family in ("row", "channel", "gated")
+        for isa, flags in (("avx512", AVX512_FLAGS), ("avx2", AVX2_FLAGS))
+    } | SOURCES
 
 CUDA_SOURCES: dict[str, list[str]] = {
     f"csrc/cuda/{name}.cu": [] for name in ("channel", "row", "sums", "errors")

@@ -12,7 +12,14 @@ import torch
 
 from fused import reference
 from fused.guard import ReLUSquared, activation_of
-from fused.spec import ACTIVATION_CODES, ACTIVATIONS, NORM_CODES
+from fused.spec import (
+    ACTIVATION_CODES,
+    ACTIVATIONS,
+    FIRST_GATED,
+    GATED_ACTIVATIONS,
+    GATED_CODES,
+    NORM_CODES,
+)
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 300  # lines of a source file; around 150 is normal
@@ -68,7 +75,8 @@ def test_every_activation_exists_in_every_layer(name: str) -> None:
 
 def test_cpp_codes_are_those_of_the_specification() -> None:
     source = (ROOT / "csrc/activation.h").read_text()
-    listed = re.findall(r"apply\((\w+)\)", source.split("FUSED_FOR_EACH_ACTIVATION")[1])
+    source = source.split("define FUSED_FOR_EACH_ACTIVATION")[1].partition("\n\n")[0]
+    listed = re.findall(r"apply\((\w+)\)", source)
     expected = [camel(name) if name else "Identity" for name in ACTIVATION_CODES]
     assert listed == expected
     codes = (ROOT / "csrc/cpu/codes.h").read_text()
@@ -77,6 +85,16 @@ def test_cpp_codes_are_those_of_the_specification() -> None:
     found = dict(re.findall(r"(\w+) = (\d+)", norms[1]))
     assert found == {name or "none": str(code) for name, code in NORM_CODES.items()}
     assert f"kActivations = {len(ACTIVATION_CODES)}" in codes
+
+
+def test_cpp_gates_are_those_of_the_specification() -> None:
+    source = (ROOT / "csrc/activation.h").read_text()
+    listed = re.findall(r"apply\((\w+)\)", source.split("define FUSED_FOR_EACH_GATE")[1])
+    assert listed == [camel(gated.gate) for gated in GATED_ACTIVATIONS.values()]
+    assert list(GATED_CODES.values()) == list(range(FIRST_GATED, FIRST_GATED + len(listed)))
+    assert len(ACTIVATION_CODES) == FIRST_GATED  # kFirstGated is kActivations
+    codes = (ROOT / "csrc/cpu/codes.h").read_text()
+    assert f"kFirstGated = kActivations, kGatedActivations = {len(listed)}" in codes
 
 
 def test_imports_go_one_way() -> None:
