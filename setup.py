@@ -82,7 +82,7 @@ if IS_X86:
     } | SOURCES
 
 CUDA_SOURCES: dict[str, list[str]] = {
-    f"csrc/cuda/{name}.cu": [] for name in ("channel", "row", "sums", "errors")
+    f"csrc/cuda/{name}.cu": [] for name in ("channel", "row", "gated", "sums", "errors")
 }
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 # Ampere, Hopper and Blackwell of data centres; the code of 8.0 also serves 8.6 and 8.9, and the

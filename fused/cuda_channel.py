@@ -23,7 +23,7 @@ from .cuda_library import (
     storage,
 )
 from .cuda_row import chunks_of
-from .spec import NORM_CODES
+from .spec import ACTIVATION_NAMES, NORM_CODES, is_gated
 
 # Positions of a row that one team of threads goes over.
 _POSITIONS_OF_CHUNK = 8192
@@ -35,8 +35,17 @@ Statistics = tuple[Tensor | None, Tensor | None]
 def problem_of(
     z: Tensor, segments: int, mask: Tensor | None, seed: Tensor | None, scalars: tuple[Any, ...]
 ) -> ChannelProblem:
-    """How the kernels walk over z, with statistics of so many segments: 1, or each sample's."""
+    """How the kernels walk over z, with statistics of so many segments: 1, or each sample's.
+
+    Raises:
+        ValueError: the activation is gated.
+    """
     _, _, last, _, activation, alpha, beta, threshold, channel_dropout = scalars
+    if is_gated(activation):
+        raise ValueError(
+            f"fused: {ACTIVATION_NAMES[activation]} halves the columns, which row_forward and"
+            " row_backward alone do"
+        )
     samples, rows, cols = z.shape
     positions, channels = (rows, cols) if last else (cols, rows)
     if last:

@@ -93,6 +93,8 @@ STRUCTURES = (RowProblem, SumProblem, ChannelProblem, StatisticsProblem, Coeffic
 LAUNCHERS: dict[str, type[ctypes.Structure]] = {
     "row_forward": RowProblem,
     "row_backward": RowProblem,
+    "gated_forward": RowProblem,
+    "gated_backward": RowProblem,
     "sum": SumProblem,
     "channel_moments": ChannelProblem,
     "channel_merge": StatisticsProblem,

@@ -1,6 +1,7 @@
 """The row operators for CUDA tensors by the CUDA C++ kernels (schemas: ops.py).
 
-Allocation, and what follows from the shape alone; the arithmetic is in csrc/cuda/row_*.cuh.
+Allocation, and what follows from the shape alone; the arithmetic is in csrc/cuda/row_*.cuh, that of
+gated activations in csrc/cuda/gated_*.cuh.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .cuda_library import (
     wanted_of,
 )
 from .ops import STATISTICS_OF, WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
+from .spec import ACTIVATION_NAMES, is_gated
 
 # Rows that are summed up by one block at least, and blocks that share the rows at most: what fills
 # a large GPU several times over.
@@ -30,6 +32,27 @@ def chunks_of(rows: int, cols: int, segments: int = 1) -> int:
     """Into how many chunks the rows of a segment are split for sums, by the shape alone."""
     most = max(1, _BLOCKS // (segments * -(-cols // _COLS_OF_BLOCK)))
     return max(1, min(most, -(-rows // _ROWS_OF_CHUNK)))
+
+
+def features_of(cols: int, activation: int) -> int:
+    """The columns of y and dy, given those of z.
+
+    Raises:
+        ValueError: a gated activation cannot halve them.
+    """
+    if not is_gated(activation):
+        return cols
+    if cols % 2:
+        raise ValueError(
+            f"fused: {ACTIVATION_NAMES[activation]} halves the columns of z, so their number must"
+            f" be even, got {cols}"
+        )
+    return cols // 2
+
+
+def _launch(direction: str, problem: RowProblem, like: Tensor) -> None:
+    family = "gated" if is_gated(problem.activation) else "row"
+    launch(f"{family}_{direction}", problem, like)
 
 
 def _problem(
@@ -88,18 +111,28 @@ def row_forward(
     """y = residual + dropout(activation(norm(z + bias))).
 
     Args:
-        z, residual: (rows, cols), last stride 1, any row stride and offset; one dtype.
+        z, residual: (rows, cols), last stride 1, any row stride and offset; one dtype. Behind a
+            gated activation y and residual have half the columns.
         bias, norm_weight, norm_bias: (cols,), contiguous, any floating dtype, or None.
         seed: int64 (1,); may be None where threshold is 0.
         scalars: norm, eps, activation, alpha, beta, threshold, as `spec.Epilogue.codes`.
         out: where y goes, laid out as z may be; it may be z itself. None: a new tensor.
 
     Returns:
-        y (rows, cols) in z's dtype; statistics of z + bias, float32 (float64 for float64):
-        (2, rows) mean and rstd for layer norm, (1, rows) rstd for rms norm, (0, rows) without.
+        y (rows, cols), or half the columns, in z's dtype; statistics of z + bias, float32 (float64
+        for float64): (2, rows) mean and rstd for layer norm, (1, rows) rstd for rms norm, (0, rows)
+        without.
+
+    Raises:
+        ValueError: a gated activation, and an odd number of columns or an `out`.
     """
     rows, cols = z.shape
-    y = z.new_empty((rows, cols)) if out is None else out
+    if out is not None and is_gated(scalars[2]):
+        raise ValueError(
+            f"fused: y of {ACTIVATION_NAMES[scalars[2]]} has half the columns of z, so it cannot be"
+            " written over z; call row_forward"
+        )
+    y = z.new_empty((rows, features_of(cols, scalars[2]))) if out is None else out
     statistics = z.new_empty((STATISTICS_OF[scalars[0]], rows), dtype=compute_dtype(z))
     if rows == 0 or cols == 0:
         return y, statistics.zero_()
@@ -108,12 +141,12 @@ def row_forward(
         problem.residual, problem.residual_stride = residual.data_ptr(), residual.stride(0)
     problem.out, problem.out_stride = y.data_ptr(), y.stride(0)
     problem.statistics = statistics.data_ptr()
-    launch("row_forward", problem, z)
+    _launch("forward", problem, z)
     return y, statistics
 
 
 def row_forward_(z: Tensor, *args: Any) -> None:
-    """`row_forward` that writes y over z."""
+    """`row_forward` that writes y over z; not with a gated activation."""
     row_forward(z, *args, out=z)
 
 
@@ -131,7 +164,8 @@ def row_backward(
     """The gradients of `row_forward`, given the gradient dy of its result.
 
     Args:
-        dy, z: (rows, cols), last stride 1, any row stride and offset; one dtype.
+        dy, z: (rows, cols), last stride 1, any row stride and offset; one dtype. Behind a gated
+            activation dy has half the columns.
         bias, norm_weight, norm_bias, seed, scalars: as in the forward.
         statistics: as the forward returned them.
         wanted: sum of the WANT_ constants of ops.py: the sums over the rows to make.
@@ -142,6 +176,7 @@ def row_backward(
         does not exist, are empty, (0,), in the statistics' dtype.
     """
     rows, cols = z.shape
+    features = features_of(cols, scalars[2])
     compute = compute_dtype(z)
     dz = z.new_empty((rows, cols))
     if scalars[0] == 0:
@@ -159,7 +194,7 @@ def row_backward(
     if not empty:
         problem, _kept = _problem(z, (bias, norm_weight, norm_bias), seed, scalars)
         made = sum(t is not None for t in gradients)
-        partial = z.new_empty((made, 1, chunks_of(rows, cols), cols), dtype=compute)
+        partial = z.new_empty((made, 1, chunks_of(rows, features), cols), dtype=compute)
         means = z.new_empty((2 if scalars[0] else 0, rows), dtype=compute)
         problem.dy, problem.dy_stride = dy.data_ptr(), dy.stride(0)
         problem.out, problem.out_stride = dz.data_ptr(), cols
@@ -167,7 +202,7 @@ def row_backward(
         problem.means = means.data_ptr() if scalars[0] else None
         problem.partial, problem.chunks = partial.data_ptr(), partial.shape[2]
         problem.wanted = wanted_of(gradients)
-        launch("row_backward", problem, z)
+        _launch("backward", problem, z)
         if made:
             add_up(partial, gradients)
     dnorm_weight, dnorm_bias, dbias = (

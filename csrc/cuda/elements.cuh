@@ -22,9 +22,20 @@ struct ComputeOf<double> {
 template <class T>
 using Compute = typename ComputeOf<T>::type;
 
-// A pack is what a thread works on at a time: 16 bytes.
+// A pack is what a thread works on at a time: 16 bytes, but for the gated kernels' in backward.
 template <class T>
 constexpr int kPack = 16 / static_cast<int>(sizeof(T));
+
+// What one access of a pack of so many bytes moves.
+template <int bytes>
+struct WordOf {
+  static_assert(bytes % 16 == 0);
+  using type = uint4;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
@@ -47,15 +58,15 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // N elements from p on, of which the first `count` exist; the others become zero. whole: all exist,
-// and p is a multiple of 16 bytes.
+// and p is a multiple of 16 bytes, or of the pack's size where that is less.
 template <int N, class C, class T>
 __device__ inline void load_pack(const T* p, bool whole, int count, C (&out)[N]) {
-  static_assert(N * sizeof(T) % 16 == 0);
+  using Word = typename WordOf<N* static_cast<int>(sizeof(T))>::type;
   if (whole) {
     alignas(16) T elements[N];
 #pragma unroll
-    for (int k = 0; k < N * static_cast<int>(sizeof(T)) / 16; ++k) {
-      reinterpret_cast<uint4*>(elements)[k] = reinterpret_cast<const uint4*>(p)[k];
+    for (int k = 0; k < static_cast<int>(N * sizeof(T) / sizeof(Word)); ++k) {
+      reinterpret_cast<Word*>(elements)[k] = reinterpret_cast<const Word*>(p)[k];
     }
 #pragma unroll
     for (int k = 0; k < N; ++k) out[k] = widen(elements[k]);
@@ -67,14 +78,14 @@ __device__ inline void load_pack(const T* p, bool whole, int count, C (&out)[N])
 
 template <int N, class T>
 __device__ inline void store_pack(T* p, bool whole, int count, const Compute<T> (&values)[N]) {
-  static_assert(N * sizeof(T) % 16 == 0);
+  using Word = typename WordOf<N* static_cast<int>(sizeof(T))>::type;
   if (whole) {
     alignas(16) T elements[N];
 #pragma unroll
     for (int k = 0; k < N; ++k) elements[k] = narrow<T>(values[k]);
 #pragma unroll
-    for (int k = 0; k < N * static_cast<int>(sizeof(T)) / 16; ++k) {
-      reinterpret_cast<uint4*>(p)[k] = reinterpret_cast<const uint4*>(elements)[k];
+    for (int k = 0; k < static_cast<int>(N * sizeof(T) / sizeof(Word)); ++k) {
+      reinterpret_cast<Word*>(p)[k] = reinterpret_cast<const Word*>(elements)[k];
     }
     return;
   }

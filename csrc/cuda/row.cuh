@@ -8,9 +8,8 @@
 namespace fused::cuda {
 
 // Calls body(first column, columns) for the packs of a row that fall to this thread of its team.
-template <class T, class F>
+template <int N, class F>
 __device__ inline void for_each_pack(int64_t cols, const F& body) {
-  constexpr int N = kPack<T>;
   for (int64_t i = static_cast<int64_t>(threadIdx.x) * N; i < cols;
        i += static_cast<int64_t>(blockDim.x) * N) {
     body(i, static_cast<int>(cols - i < N ? cols - i : N));
@@ -18,12 +17,12 @@ __device__ inline void for_each_pack(int64_t cols, const F& body) {
 }
 
 // Columns of a parameter from i on; `absent` where there is none.
-template <class T>
+template <class T, int N>
 __device__ inline void load_columns(const void* data, bool wide, Compute<T> absent, int64_t i,
-                                    bool whole, int count, Compute<T> (&out)[kPack<T>]) {
+                                    bool whole, int count, Compute<T> (&out)[N]) {
   if (!data) {
 #pragma unroll
-    for (int k = 0; k < kPack<T>; ++k) out[k] = absent;
+    for (int k = 0; k < N; ++k) out[k] = absent;
   } else if (wide) {
     load_pack(static_cast<const Compute<T>*>(data) + i, whole, count, out);
   } else {
@@ -32,10 +31,10 @@ __device__ inline void load_columns(const void* data, bool wide, Compute<T> abse
 }
 
 // The parameters of a pack of columns. −0 leaves every number as it is, also −0.
-template <class T>
+template <class T, int N = kPack<T>>
 struct RowParameters {
   using C = Compute<T>;
-  C weight[kPack<T>], shift[kPack<T>], bias[kPack<T>];
+  C weight[N], shift[N], bias[N];
 
   __device__ void load_bias(const RowProblem& p, int64_t i, bool whole, int count) {
     load_columns<T>(p.bias, p.wide & kWantBias, C(-0.0), i, whole, count, bias);
@@ -48,12 +47,12 @@ struct RowParameters {
 };
 
 // z + bias of a pack.
-template <class T>
-__device__ inline void load_input(const T* z, const RowParameters<T>& parameters, int64_t i,
-                                  bool whole, int count, Compute<T> (&x)[kPack<T>]) {
+template <class T, int N>
+__device__ inline void load_input(const T* z, const RowParameters<T, N>& parameters, int64_t i,
+                                  bool whole, int count, Compute<T> (&x)[N]) {
   load_pack(z + i, whole, count, x);
 #pragma unroll
-  for (int k = 0; k < kPack<T>; ++k) x[k] += parameters.bias[k];
+  for (int k = 0; k < N; ++k) x[k] += parameters.bias[k];
 }
 
 // The statistics that forward has left, without a norm those that change nothing.

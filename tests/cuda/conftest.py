@@ -12,7 +12,8 @@ import torch
 from fused import cuda_library
 
 # Modules of tests/ that call the operators.
-CALLERS = ("cases", "channel_cases", "test_row", "test_channel", "test_channel_memory")
+CALLERS = ("cases", "channel_cases", "test_row", "test_gated", "test_channel")
+CALLERS += ("test_channel_memory",)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 
 import cases
 import channel_cases
+import gated_cases
 import pytest
 import torch
 
@@ -47,6 +48,17 @@ def test_rows(norm: str | None, dtype: torch.dtype) -> None:
         expected = cases.run_operator(inputs, epilogue)
         for name, t in cases.run_operator(moved(inputs), epilogue).items():
             # An odd size puts the others where packs of 16 bytes do not fit, too.
+            torch.testing.assert_close(t, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("norm", cases.NORMS)
+def test_gated_rows(norm: str | None, dtype: torch.dtype) -> None:
+    epilogue = gated_cases.make_gated_epilogue(norm, "geglu", 0.1)
+    for rows, half in ((3, 1), (5, 7), (4, 64), (2, 1001), (1, 4500)):
+        inputs = gated_cases.make_gated_inputs(rows, half, dtype, norm)
+        expected = cases.run_operator(inputs, epilogue)
+        for name, t in cases.run_operator(moved(inputs), epilogue).items():
             torch.testing.assert_close(t, expected[name], msg=name)
 
 

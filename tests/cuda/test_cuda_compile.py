@@ -19,7 +19,7 @@ from fused import cuda_library
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
 KERNELS = {"row_forward", "row_means", "row_gradient", "channel_moments", "channel_forward"}
-KERNELS |= {"channel_backward"}
+KERNELS |= {"channel_backward", "gated_forward", "gated_means", "gated_gradient"}
 # As nvcc names the storage types inside of names.
 TYPES = {"f", "d", "6__half", "13__nv_bfloat16"}
 pytestmark = pytest.mark.skipif(
@@ -81,12 +81,14 @@ def test_every_kernel_is_there_and_spills_nothing(built: Path) -> None:
 
 
 def test_memory_is_accessed_in_16_bytes(built: Path) -> None:
+    """But for the packs of four 16-bit elements of gated backward, which are of 8."""
     listing = cuobjdump("-sass", "-arch", "sm_90", str(built))
     for _, kernel, storage, code in functions(listing, r"(.*?)\.\.\.\.\.\.\.\.\.\."):
         if storage:
-            assert "LDG.E.128" in code, (kernel, storage)
-            writes = kernel not in ("row_means", "channel_moments")
-            assert ("STG.E.128" in code) == writes, (kernel, storage)
+            short = kernel in ("gated_means", "gated_gradient") and storage not in ("f", "d")
+            assert f"LDG.E.{64 if short else 128}" in code, (kernel, storage)
+            writes = kernel not in ("row_means", "gated_means", "channel_moments")
+            assert (f"STG.E.{64 if short else 128}" in code) == writes, (kernel, storage)
 
 
 def test_without_a_gpu_it_loads_and_says_what_is_missing(

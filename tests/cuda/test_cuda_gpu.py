@@ -14,6 +14,7 @@ import channel_cases
 import pytest
 import torch
 from cases import EVERY_ACTIVATION, NORMS, Inputs, make_epilogue, make_inputs, run_operator
+from gated_cases import GATED, make_gated_epilogue, make_gated_inputs
 from test_row import check
 
 import fused
@@ -73,6 +74,24 @@ def test_rows_of_every_width(norm: str | None, dtype: torch.dtype, cols: int) ->
         check(inputs, make_epilogue(norm, "silu", 0.1), str(rows))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", GATED)
+def test_rows_of_every_gate(activation: str, norm: str | None, dtype: torch.dtype) -> None:
+    for half in (128, 500, 1024):
+        inputs = on_gpu(make_gated_inputs(301, half, dtype, norm))
+        check(inputs, make_gated_epilogue(norm, activation, 0.1), str(half))
+
+
+@pytest.mark.parametrize("half", [1, 3, 12, 63, 64, 65, 1025, 4096, 8192, 20000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_gated_rows_of_every_width(norm: str | None, dtype: torch.dtype, half: int) -> None:
+    for rows in (1, 129, 5000):
+        inputs = on_gpu(make_gated_inputs(rows, half, dtype, norm))
+        check(inputs, make_gated_epilogue(norm, "swiglu", 0.1), str(rows))
+
+
 @pytest.mark.parametrize("activation", EVERY_ACTIVATION)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @EVERY_LAYOUT
@@ -111,6 +130,9 @@ def test_mask_is_random_py_bit_for_bit(dtype: torch.dtype, threshold: int) -> No
         z = torch.ones(rows, cols, dtype=dtype, device="cuda")
         y, _ = ops.row_forward(z, None, None, None, None, seed, 0, 0.0, 0, 0.0, 0.0, threshold)
         assert torch.equal(y != 0, keep_mask(rows, cols, threshold, seed))
+        codes = replace(make_gated_epilogue(None, "reglu"), threshold=threshold).codes
+        y, _ = ops.row_forward(z[:, 1:], None, None, None, None, seed, *codes)
+        assert torch.equal(y != 0, keep_mask(rows, cols // 2, threshold, seed))
 
 
 @pytest.mark.parametrize("cols", [3, 64, 1000, 1025, 4096, 16384, 40000])
@@ -132,9 +154,12 @@ def test_same_bits_twice(norm: str, last: bool) -> None:
         x = channel_cases.make_inputs(*sizes, torch.bfloat16, norm, last, device="cuda")
         first, second = (channel_cases.run_operator(x, epilogue) for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
-    inputs = on_gpu(make_inputs(5000, 1000, torch.bfloat16))
-    first, second = (run_operator(inputs, make_epilogue("layer", "gelu", 0.1)) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for inputs, epilogue in (
+        (make_inputs(5000, 1000, torch.bfloat16), make_epilogue("layer", "gelu", 0.1)),
+        (make_gated_inputs(5000, 1000, torch.bfloat16), make_gated_epilogue("layer", "glu", 0.1)),
+    ):
+        first, second = (run_operator(on_gpu(inputs), epilogue) for _ in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_more_than_2_to_the_31_elements() -> None:
