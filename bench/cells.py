@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
+from fused.spec import gated_name
+
 LETTERS = {"L": "Linear", "N": "norm", "A": "activation", "D": "dropout"}
 CHANNEL_NORMS = ("batch", "group", "instance")
 MODES = {
@@ -31,7 +33,7 @@ class Cell:
         norm: "layer", "rms", "batch", "group", "instance", or "" without one.
         dtype: torch's name.
         M, K, N: rows, features in (0 without a Linear), features out. Of images: all positions of
-            all samples, 0, channels.
+            all samples, 0, channels. A gated activation takes 2N features.
         p: dropout probability.
         mode: a key of `MODES`.
         shape: of images, samples × channels × height × width; "" for rows of features.
@@ -55,6 +57,15 @@ class Cell:
     def sizes(self) -> tuple[int, ...]:
         """Of the chain's output."""
         return tuple(map(int, self.shape.split("×"))) if self.shape else (self.M, self.N)
+
+    @property
+    def gated(self) -> bool:
+        return gated_name(self.activation)
+
+    @property
+    def width(self) -> int:
+        """Features in front of the activation."""
+        return 2 * self.N if self.gated else self.N
 
     @property
     def has_linear(self) -> bool:
@@ -103,6 +114,9 @@ PAIRS = (
     *(("layer", "gelu"), ("rms", "silu"), ("layer", "relu")),
     *(("rms", "gelu"), ("layer", "silu"), ("rms", "relu")),
 )
+# SwiGLU behind RMSNorm or behind a Linear alone, then the other pairs.
+GATED_PAIRS = (("rms", "swiglu"), ("", "swiglu"), ("", "glu"), ("rms", "glu"))
+GATED_LINEAR_SIZES = (LINEAR_SIZES[1], *LINEAR_SIZES[3:5])
 # Of the channel suite: rows of features for batch norm, and images.
 CHANNEL_ROWS = ((8192, 256), (8192, 1024))
 CHANNEL_IMAGES = ((16, 64, 64, 64), (4, 256, 64, 64), (2, 64, 256, 256))
@@ -111,16 +125,30 @@ LAYOUTS = ("", "channels-last")
 HOST_CHAINS = ("L-N-A-D", "L-N-A", "L-A", "N-A", "N-A-D", "A-D")
 
 
+def _chain(*stages: object) -> str:
+    """The letters of the stages that are present: of Linear, norm, activation, dropout."""
+    return "-".join(letter for letter, stage in zip(LETTERS, stages, strict=True) if stage)
+
+
 def norm_cells() -> Iterator[Cell]:
-    """Norm + activation, with and without dropout."""
+    """Norm + activation, with and without dropout; then gated activations of as wide rows."""
     for (norm, activation), dtype, (rows, cols) in product(PAIRS, DTYPES, NORM_SIZES):
         for p, mode in product((P, 0.0), ("forward", "training")):
             chain = "N-A-D" if p else "N-A"
             yield Cell("norm", chain, norm, activation, dtype, rows, 0, cols, p, mode)
+    for (norm, activation), dtype, (rows, cols) in product(GATED_PAIRS, DTYPES, NORM_SIZES):
+        if (norm, activation) != GATED_PAIRS[0] and (rows, cols) not in NORM_SIZES[1:3]:
+            continue
+        for p, mode in product((P, 0.0), ("forward", "training")):
+            chain, size = _chain(0, norm, activation, p), (rows, 0, cols // 2)
+            yield Cell("norm", chain, norm, activation, dtype, *size, p, mode)
 
 
 def linear_cells() -> Iterator[Cell]:
-    """Linear + norm + activation, with and without dropout, as a training step and at inference."""
+    """Linear + norm + activation, with and without dropout, as a training step and at inference.
+
+    Then gated activations behind a Linear of as many features.
+    """
     chains = (("L-N-A-D", "layer", "gelu", P), ("L-N-A", "rms", "silu", 0.0))
     for (chain, norm, activation, p), dtype, size in product(chains, DTYPES, LINEAR_SIZES):
         cell = Cell("linear", chain, norm, activation, dtype, *size, p, "training")
@@ -129,6 +157,11 @@ def linear_cells() -> Iterator[Cell]:
     # What is left of the first chain's gain without dropout.
     for dtype, size in product(DTYPES, LINEAR_SIZES):
         yield Cell("linear", "L-N-A", "layer", "gelu", dtype, *size, 0.0, "training")
+    for (norm, activation), dtype, size in product(GATED_PAIRS, DTYPES, GATED_LINEAR_SIZES):
+        M, K, width = size
+        for p, mode in ((P, "training"), (0.0, "training"), (0.0, "inference")):
+            chain = _chain(K, norm, activation, p)
+            yield Cell("linear", chain, norm, activation, dtype, M, K, width // 2, p, mode)
 
 
 def host_cells() -> Iterator[Cell]:

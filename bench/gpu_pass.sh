@@ -3,7 +3,7 @@
 #
 #     bench/gpu_pass.sh PIECE [--out DIR]        DIR: default .cache/gpu
 #
-#     check    install, doctor, the tests marked gpu, compute-sanitizer on a small set of them
+#     check    install, doctor, the tests marked gpu, the first call's latency, compute-sanitizer
 #     rows     norm → activation (→ dropout) along rows: bandwidth beside a copy
 #     blocks   training steps of Linear blocks and networks, beside eager and torch.compile
 #     images   norms over samples or positions, contiguous and channels-last
@@ -90,6 +90,7 @@ case "$piece" in
   check)
     "$python" -m fused doctor --json >"$out/doctor.json" || status=1
     test_on_gpu || status=1
+    timeout 60 "$python" -m bench.latency --device cuda | tee "$out/latency.md" || status=1
     sanitize memcheck || status=1
     sanitize racecheck || status=1
     ;;

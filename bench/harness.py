@@ -116,7 +116,7 @@ class Clock:
 def make_ring(cell: Cell, device: str) -> list[Inputs]:
     """The inputs that are rotated; one where they are small for the cache."""
     dtype = getattr(torch, cell.dtype)
-    features = cell.K if cell.has_linear else cell.N
+    features = cell.K if cell.has_linear else cell.width
     size = cell.M * max(features, cell.N) * dtype.itemsize
     cache = last_level_cache(device)
     count = 1 + math.ceil(RING_CACHES * cache / size) if size >= LARGE * cache else 1
@@ -126,7 +126,7 @@ def make_ring(cell: Cell, device: str) -> list[Inputs]:
     def make(*sizes: int) -> torch.Tensor:
         return torch.randn(sizes, device=device).to(dtype, memory_format=memory)
 
-    x_sizes = (cell.M, features) if cell.has_linear else cell.sizes
+    x_sizes = cell.sizes if cell.shape else (cell.M, features)
     return [
         Inputs(make(*x_sizes).requires_grad_(cell.needs_gradients), make(*cell.sizes))
         for _ in range(count)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused
@@ -17,13 +18,30 @@ from fused.spec import dropout_scale, dropout_threshold
 
 from .cells import AUTOTUNED_SIZES, NUM_GROUPS, Cell
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+
+class SwiGLU(nn.Module):
+    """As models write it in plain torch, which has no module of it."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        value, gate = h.chunk(2, -1)
+        return value * F.silu(gate)
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    **{"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU},
+    **{"glu": nn.GLU, "swiglu": SwiGLU},
+}
+
+
+def _ours(child: nn.Module) -> nn.Module:
+    """The module that fused knows in place of one that torch lacks."""
+    return fused.nn.SwiGLU() if isinstance(child, SwiGLU) else child
 
 
 def make_norm(cell: Cell) -> nn.Module:
     """The cell's norm, in plain torch."""
     if cell.norm in ("layer", "rms"):
-        return nn.LayerNorm(cell.N) if cell.norm == "layer" else nn.RMSNorm(cell.N)
+        return nn.LayerNorm(cell.width) if cell.norm == "layer" else nn.RMSNorm(cell.width)
     if cell.norm == "group":
         return nn.GroupNorm(NUM_GROUPS, cell.N)
     if cell.norm == "instance":
@@ -33,7 +51,7 @@ def make_norm(cell: Cell) -> nn.Module:
 
 @dataclass(frozen=True)
 class Inputs:
-    """x (M, K or N), a leaf that wants its gradient in training; dy (M, N). Or images, both."""
+    """x (M, K, N or 2N), a leaf that wants its gradient in training; dy (M, N). Or images, both."""
 
     x: Tensor
     dy: Tensor
@@ -64,7 +82,7 @@ def _make_layers(cell: Cell, features: int) -> list[nn.Module]:
     """One chain; the norm's parameters are not its defaults."""
     children: list[nn.Module] = []
     if cell.has_linear:
-        children.append(nn.Linear(features, cell.N))
+        children.append(nn.Linear(features, cell.width))
     if cell.norm:
         norm = make_norm(cell)
         for name, parameter in norm.named_parameters():
@@ -122,12 +140,13 @@ def _add(like: Tensor) -> Provider:
     return Provider("add", add, "backward", checked=False)
 
 
-def _gemms(cell: Cell, weight: Tensor) -> Provider:
+def _gemms(cell: Cell, weight: Tensor, like: Inputs) -> Provider:
     """The matrix products that the step cannot do without; they allocate their outputs."""
     weight = weight.detach()
+    wide = like.dy.repeat(1, 2) if cell.gated else None
 
     def three(inputs: Inputs) -> tuple[Tensor, ...]:
-        x, dz = inputs.x.detach(), inputs.dy
+        x, dz = inputs.x.detach(), inputs.dy if wide is None else wide
         return torch.mm(x, weight.t()), torch.mm(dz, weight), torch.mm(dz.t(), x)
 
     def one(inputs: Inputs) -> Tensor:
@@ -140,7 +159,7 @@ def make_providers(
     cell: Cell, chain: nn.Sequential, like: Inputs, max_autotune: bool = False
 ) -> list[Provider]:
     """The providers of a cell; `like` has the sizes of its inputs."""
-    ours = fused.Sequential(*chain.children()).train(chain.training)
+    ours = fused.Sequential(*map(_ours, chain.children())).train(chain.training)
     eager_scale = 1 / (1 - cell.p)
     our_scale = dropout_scale(dropout_threshold(cell.p))
     found = [
@@ -163,7 +182,7 @@ def make_providers(
         linear = chain[0]
         assert isinstance(linear, nn.Linear)
         if cell.blocks == 1:
-            found.append(_gemms(cell, linear.weight))
-    else:
+            found.append(_gemms(cell, linear.weight, like))
+    elif not cell.gated:  # torch has nothing that reads as many streams and writes half
         found.append(_add(like.dy) if cell.needs_gradients else _copy(like.dy))
     return found

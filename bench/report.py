@@ -15,6 +15,7 @@ from .gpu_cells import SUITES
 from .gpu_pictures import draw
 from .gpu_tables import SUMMARIES
 from .harness import Row
+from .roofline import draw_roofline, roofline_text
 from .tables import all_cells
 
 COMMAND = "Measured by `make bench`, written by `python -m bench report`"
@@ -56,6 +57,17 @@ def fill(path: Path, suite: str, text: str) -> None:
     path.write_text(pattern.sub(lambda _: f"{start}\n{text}\n{end}", content, count=1))
 
 
+def _roofline(folder: Path, root: Path, blocks: Sequence[Row], about: str) -> str:
+    """The roofline's text and picture, for blocks whose machine also has a measured copy."""
+    first = blocks[0]
+    image = f"docs/images/roofline{'' if first.device == 'cpu' else '-' + first.device}.png"
+    copies = results.read(folder / "rows.csv")
+    if not draw_roofline(blocks, copies, root / image, about):
+        return ""
+    picture = f"![roofline: products a second by bytes that must be moved]({image})"
+    return f"\n\n{roofline_text(blocks, copies)}\n\n{picture}"
+
+
 def write_report(folder: Path, root: Path) -> None:
     """Fills README.md and docs/benchmarks.md and draws docs/images, from the CSVs in a folder.
 
@@ -78,5 +90,7 @@ def write_report(folder: Path, root: Path) -> None:
             picture = f"![{suite}: speed-up by cell, losing cells in red]({image})"
             shown[device] = f"{about}.\n\n{SUMMARIES[suite](group)}\n\n{picture}"
             print(f"{suite}: {image}")
+            if suite == "blocks":
+                shown[device] += _roofline(folder, root, group, about)
         fill(root / "README.md", suite, "\n\n".join([f"{COMMAND}.", *shown.values()]))
         fill(root / "docs" / "benchmarks.md", suite, "\n\n".join([f"{COMMAND}.", *sections]))

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any
 
+from fused.spec import gated_name
+
 from .cells import LAYOUTS, LINEAR_SIZES, NORM_SIZES, NUM_GROUPS, P
 from .harness import Row
 
@@ -99,11 +101,11 @@ def norm_summary(rows: Sequence[Row]) -> str:
     header = ["rows × features", "dtype", "dropout", "forward / eager", "/ compile"]
     header += ["share of `copy_`", "forward + backward / eager", "/ compile"]
     header += ["backward: share of add", "bytes kept"]
-    lines = []
+    lines, plain = [], [r for r in rows if not gated_name(r.activation)]
     for M, N in NORM_SIZES:
-        for dtype in dict.fromkeys(r.dtype for r in rows):
+        for dtype in dict.fromkeys(r.dtype for r in plain):
             for p in (P, 0.0):
-                own = select(rows, M=M, N=N, dtype=dtype, p=p)
+                own = select(plain, M=M, N=N, dtype=dtype, p=p)
                 if not own:
                     continue
                 line = [f"{M} × {N}", dtype, f"{p:g}" if p else "none"]
@@ -117,7 +119,31 @@ def norm_summary(rows: Sequence[Row]) -> str:
         " and the lowest of them in brackets. Bytes kept: for backward, an element, besides the"
         " input: eager → fused."
     )
-    return f"{about}\n\n{table(header, lines)}\n\n{losing_text(rows)}"
+    return "\n\n".join((about, table(header, lines), *gated_summary(rows), losing_text(rows)))
+
+
+def gated_summary(rows: Sequence[Row]) -> list[str]:
+    """A line per norm, gated activation, size and dtype; nothing where none was measured."""
+    gated = [r for r in rows if gated_name(r.activation)]
+    columns = [(p, mode) for p in (P, 0.0) for mode in ("forward", "inference", "training")]
+    columns = [(p, mode) for p, mode in columns if select(gated, p=p, mode=mode)]
+    header = ["norm, activation", "size", "dtype", *(f"{mode}, p={p:g}" for p, mode in columns)]
+    lines = []
+    kinds = dict.fromkeys((r.norm, r.activation, size_of(r), r.dtype) for r in gated)
+    for norm, activation, size, dtype in kinds:
+        own = select(gated, norm=norm, activation=activation, dtype=dtype)
+        own = [r for r in own if size_of(r) == size]
+        line = [" ".join(filter(None, (norm, activation))), size.replace("×", " × "), dtype]
+        for p, mode in columns:
+            cell = select(own, p=p, mode=mode)
+            found = [ratios(select(cell, provider=b)) for b in BASELINES[:2]]
+            line.append(ABSENT if found == [ABSENT] * 2 else " / ".join(found))
+        lines.append(line)
+    about = (
+        "Gated activations, whose N features come from 2N: fused's speed-up over eager / over"
+        " torch.compile."
+    )
+    return [about, table(header, lines)] if lines else []
 
 
 LINEAR_COLUMNS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -132,10 +158,10 @@ LINEAR_COLUMNS: tuple[tuple[str, dict[str, Any]], ...] = (
 def linear_summary(rows: Sequence[Row]) -> str:
     """A line per size and dtype; speed-up over eager / compile / share of the GEMMs alone."""
     header = ["M × K × N", "dtype", *(title for title, _ in LINEAR_COLUMNS), "bytes kept"]
-    lines = []
+    lines, plain = [], [r for r in rows if not gated_name(r.activation)]
     for M, K, N in LINEAR_SIZES:
-        for dtype in dict.fromkeys(r.dtype for r in rows):
-            own = select(rows, M=M, K=K, N=N, dtype=dtype)
+        for dtype in dict.fromkeys(r.dtype for r in plain):
+            own = select(plain, M=M, K=K, N=N, dtype=dtype)
             if not own:
                 continue
             line = [f"{M} × {K} × {N}", dtype]
@@ -150,7 +176,7 @@ def linear_summary(rows: Sequence[Row]) -> str:
         " (three in training, one at inference). Bytes kept: for backward, an output element,"
         " besides input and parameters, in the first column: eager → fused."
     )
-    return f"{about}\n\n{table(header, lines)}\n\n{losing_text(rows)}"
+    return "\n\n".join((about, table(header, lines), *gated_summary(rows), losing_text(rows)))
 
 
 def host_summary(rows: Sequence[Row]) -> str:

@@ -7,13 +7,19 @@ from typing import Any
 
 from torch import nn
 
+from .gated import GATED_MODULES, GeGLU
 from .guard import ReLUSquared
 from .norms import BatchNorm, ChannelDropout, GroupNorm, InstanceNorm
-from .spec import ACTIVATIONS, NORM_CODES, ROW_NORMS, activation_parameters
+from .spec import ACTIVATIONS, GATED_ACTIVATIONS, NORM_CODES, ROW_NORMS, activation_parameters
 
 
-def make_activation(activation: str | None, parameters: dict[str, float]) -> nn.Module | None:
-    """The activation's module; raises for a name or parameter that is unknown."""
+def make_activation(
+    activation: str | None, parameters: dict[str, float], dim: int = -1
+) -> nn.Module | None:
+    """The activation's module; raises for a name or parameter that is unknown.
+
+    dim: what a gated one halves.
+    """
     activation_parameters(activation, parameters)  # raises for what is unknown
     if activation is None:
         return None
@@ -21,6 +27,10 @@ def make_activation(activation: str | None, parameters: dict[str, float]) -> nn.
         return ReLUSquared()
     if activation == "gelu_tanh":
         return nn.GELU(approximate="tanh")
+    if activation in GATED_ACTIVATIONS:
+        if activation == "geglu_tanh":
+            return GeGLU(dim, approximate="tanh")
+        return next(kind for kind, name in GATED_MODULES.items() if name == activation)(dim)
     module = ACTIVATIONS[activation].module
     assert module is not None
     return module(**parameters)

@@ -19,11 +19,11 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as _hooks
 
 from . import backend, guard
+from .autocast import autocast_dtype
 from .autograd import Codes
 from .dispatch import (
     apply_linear_row,
     apply_row,
-    autocast_dtype,
     default_eps,
     functorch_active,
     is_tracing,
@@ -95,7 +95,7 @@ class Chain(Stages):
         shape = x.shape
         if not shape or (self.norm is None and self.linear is None and not x.is_contiguous()):
             return None
-        return shape[-1]
+        return (len(shape), shape[-1]) if self.gated else shape[-1]
 
     def _passes_again(self, x: Any, passed: tuple[Any, ...]) -> Codes | None:
         """The operators' scalars, if the children are untouched, and input, parameters and buffers

@@ -16,22 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import gemm, linear_channel, ops, reference, synchronize
-from .autograd import ChannelCodes, ChannelFunction, Codes, channel_epilogue_of
+from . import gemm, linear_channel, ops, synchronize
+from .autocast import AUTOCAST_FLOAT32_NORMS, float32_under_autocast
+from .autograd import ChannelCodes, ChannelFunction, Codes
+from .channel_composite import BATCH, elements_of, run_composite
 from .checks import few_values
 from .dispatch import (
-    AUTOCAST_FLOAT32_NORMS,
     composite,
-    float32_under_autocast,
     is_compiling,
     needs_gradient,
+    norm_alone,
 )
+from .gated import gate
 from .layout import Layout, apply_layout, layout_of, undo_layout
 from .random import draw_seed
 from .running import ChannelNorm, update_running
-from .spec import NORM_CODES
+from .spec import NORM_CODES, is_gated
 
-_BATCH = NORM_CODES["batch"]
 _INSTANCE = NORM_CODES["instance"]
 
 
@@ -52,7 +53,8 @@ def run_channel(
 
     Args:
         x: any rank ≥ 1; its channels are dimension 1 or, with channel_dim -1, the last.
-        codes: as for the row operators; the norm's code is that of `norm`.
+        codes: as for the row operators; the norm's code is that of `norm`. A gated activation
+            halves the channels of the result and of the residual.
         bias: (channels,), which x contains already and whose gradient is asked for here.
         residual: of x's shape, or None.
         mask: bool, x's shape without the channels, or None; needs channel_dim -1.
@@ -76,6 +78,11 @@ def run_channel(
         )
         y = residual + y
         return y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)
+    if is_gated(codes[2]):
+        assert norm.name is not None  # else the chain is one along rows
+        alone = norm_alone(codes)
+        h = run_channel(x, channel_dim, norm, alone, bias=bias, mask=mask, reuse=reuse)
+        return _gate(h, channel_dim, codes, channel_dropout, residual, mask, seed)
     if norm.virtual_batch_size is not None and norm.mean is None:
         parts = math.ceil(x.shape[0] / norm.virtual_batch_size)
         if parts > 1:
@@ -142,6 +149,23 @@ def drop_channels(
         seed=seed,
         reuse=True,
     )
+
+
+def _gate(
+    h: Tensor,
+    channel_dim: int,
+    codes: Codes,
+    channel_dropout: bool,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+) -> Tensor:
+    """What follows the norm, of the halves of the channels."""
+    if channel_dropout and codes[5]:
+        y = gate(h, channel_dim, (*codes[:5], 0), None, None)
+        return drop_channels(y, channel_dim, codes[5], residual, mask, seed)
+    y = gate(h, channel_dim, codes, residual, seed)
+    return y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)
 
 
 def _run_virtual_batches(
@@ -213,11 +237,11 @@ def _run(
     if mean is not None and variance is not None:
         # Constants, one for each channel, whatever the norm is called.
         mean, variance = mean.view(1, -1), variance.view(1, -1)
-        codes = (_BATCH, *codes[1:])
+        codes = (BATCH, *codes[1:])
     across = norm.across and mean is None and synchronize.is_needed(norm.group)
     learns = norm.running_mean is not None and mean is None and (across or x.numel() > 0)
     if composite(x):
-        return _run_reference(
+        return run_composite(
             x, layout, norm, codes, mean, variance, across, learns, residual, mask, seed
         )
     parameters = norm.weight, norm.bias
@@ -244,50 +268,11 @@ def _run(
         y, *rest = ops.channel_forward(z, *parameters, residual, mask, seed, *codes)
         y, statistics = undo_layout(y, layout), tuple(rest)
     if learns:
-        update_running(norm, _elements(layout, codes), *statistics)
+        update_running(norm, elements_of(layout, codes), *statistics)
     return y
-
-
-def _elements(layout: Layout, codes: ChannelCodes) -> int:
-    """How many elements there are behind each statistic of batch or instance norm."""
-    positions = layout.view[1 if layout.channels_last else 2]
-    return positions * (layout.view[0] if codes[0] == _BATCH else 1)
 
 
 def _world() -> Any:
     import torch.distributed as dist
 
     return dist.group.WORLD
-
-
-def _run_reference(
-    x: Tensor,
-    layout: Layout,
-    norm: ChannelNorm,
-    codes: ChannelCodes,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    across: bool,
-    learns: bool,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-) -> Tensor:
-    epilogue = channel_epilogue_of(codes)
-    z = apply_layout(x, layout)
-    residual = None if residual is None else apply_layout(residual, layout)
-    if across:
-        found = synchronize.differentiable_statistics(z, codes[2], mask, norm.group)
-        h = reference.normalize_channels(z, epilogue, *found[:2], norm.weight, norm.bias)
-        plain = replace(epilogue, norm=None)
-        y = reference.channel(h, plain, residual=residual, mask=mask, seed=seed)
-    else:
-        y = reference.channel(
-            z, epilogue, mean, variance, norm.weight, norm.bias, residual, mask, seed
-        )
-    if learns:
-        if not across:
-            found = reference.channel_statistics(z.detach(), epilogue, mask)
-            found = (*found[:2], found[2] if mask is not None else z.new_empty(0))
-        update_running(norm, _elements(layout, codes), *(t.detach() for t in found))
-    return undo_layout(y.contiguous(), layout)

@@ -130,6 +130,11 @@ class ChannelChain(Chain):
         state = channel_norm(norm, self.norm_name or "", count=False)
         return few_values(state, shape, dim) or self._dropout_reason(rank, dim)
 
+    def gate_dim(self, rank: int) -> int:
+        if self.channel_norm is None or self.channel_dim == -1:
+            return rank - 1
+        return 0 if self._is_unbatched(rank) else 1
+
     def _is_unbatched(self, rank: int) -> bool:
         """Whether torch's InstanceNorm takes an input of so many dimensions for one sample."""
         return self.norm_name == "instance" and rank == _DIMENSIONS.get(type(self.norm), (0,))[0]
@@ -169,7 +174,7 @@ class ChannelChain(Chain):
         mask: Tensor | None = None,
     ) -> Tensor:
         norm = self.channel_norm
-        if norm is None and self.norm is not None:
+        if norm is None and (self.norm is not None or self.gated):
             return self._run_row_norm(x, residual, codes, mask)
         codes = codes or self._codes(x.dtype)
         state = ChannelNorm() if norm is None else channel_norm(norm, self.norm_name or "")
@@ -223,7 +228,7 @@ class ChannelChain(Chain):
     def _run_row_norm(
         self, x: Tensor, residual: Tensor | None, codes: Codes | None, mask: Tensor | None
     ) -> Tensor:
-        """A norm along rows, with dropout of channels behind it as a second operation."""
+        """A chain along rows, with dropout of channels behind it as a second operation."""
         codes = codes or self._codes(x.dtype)
         if not codes[5]:
             return super().run(x, residual, codes, mask)

@@ -14,7 +14,7 @@ from . import synchronize
 from .autograd import Codes
 from .dispatch import default_eps, make_codes
 from .running import ChannelNorm
-from .spec import CHANNEL_NORMS, is_nan
+from .spec import ACTIVATION_NAMES, CHANNEL_NORMS, is_gated, is_nan
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -60,6 +60,22 @@ def check_scale_dtype(operation: str, name: str, t: Tensor | None, dtype: torch.
 def check_residual(operation: str, residual: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """Raises unless the residual can be added to an output of this shape, on like's device."""
     check_parameter(operation, "residual", residual, shape, like)
+
+
+def checked_output_shape(
+    operation: str, shape: tuple[int, ...], dim: int, codes: Codes
+) -> tuple[int, ...]:
+    """The shape of a chain's result, from that of its norm's input; a gate halves dimension dim."""
+    if not is_gated(codes[2]):
+        return shape
+    if shape[dim] % 2:
+        raise ValueError(
+            f"{operation}: activation={ACTIVATION_NAMES[codes[2]]!r} halves the features; they must"
+            f" be an even number, got {shape[dim]}"
+        )
+    halved = list(shape)
+    halved[dim] //= 2
+    return tuple(halved)
 
 
 def checked_seed(operation: str, seed: int | Tensor | None, device: torch.device) -> Tensor | None:

@@ -15,21 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import gemm, ops, reference, small
+from .autocast import autocast_dtype, cast_by_autocast, float32_under_autocast
 from .autograd import Codes, RowFunction, contiguous_rows, epilogue_of
 from .backend import choose
 from .linear import LinearRowFunction
 from .random import draw_seed
-from .spec import ACTIVATION_CODES, make_epilogue
+from .spec import is_gated, make_epilogue
 
 functorch_active = torch._C._are_functorch_transforms_active
 is_tracing = torch._C._is_tracing
 is_compiling = torch.compiler.is_dynamo_compiling
 _forward_ad = torch.autograd.forward_ad
-_AUTOCAST_DEVICES = ("cpu", "cuda")
-# What CUDA autocast computes, and returns, in float32 (ATen/autocast_mode.h): these norms;
-# softplus, and pow, which square is.
-AUTOCAST_FLOAT32_NORMS = ("layer", "rms", "group")
-_CUDA_AUTOCAST_FLOAT32 = (ACTIVATION_CODES["softplus"], ACTIVATION_CODES["relu_squared"])
 
 
 def make_codes(
@@ -76,6 +72,21 @@ def composite(x: Tensor) -> bool:
     if (is_compiling() or is_tracing()) and torch.onnx.is_in_onnx_export():
         return True
     return choose("cpu" if x.is_cpu else x.device.type, x.dtype) == "reference"
+
+
+def norm_alone(codes: Codes) -> Codes:
+    """The scalars of the norm, without what follows it."""
+    return (*codes[:2], 0, 0.0, 0.0, 0)
+
+
+def without_norm(codes: Codes) -> Codes:
+    """The scalars of what follows the norm."""
+    return (0, 0.0, *codes[2:])
+
+
+def output_features(features: int, codes: Codes) -> int:
+    """The features of a chain's result, from those of its norm's input."""
+    return features // 2 if is_gated(codes[2]) else features
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -135,7 +146,7 @@ def run_linear_row(
     seed: Tensor | None,
     codes: Codes,
 ) -> Tensor:
-    """y (rows, N) from x (rows, K) and weight (N, K)."""
+    """y (rows, N) from x (rows, K) and weight (N, K), or (2N, K) before a gated activation."""
     if seed is None and codes[5]:
         seed = draw_seed(x.device)
     if composite(x):
@@ -157,7 +168,8 @@ def apply_linear_row(
     """`run_linear_row` by the operator, where that is known to serve; needs the seed."""
     if residual is not None:
         residual = contiguous_rows(residual)
-    if gemm.enabled and gemm.serves_row(x, weight, codes[0]):
+    gated = is_gated(codes[2])
+    if gemm.enabled and not gated and gemm.serves_row(x, weight, codes[0]):
         others = (bias, norm_weight, norm_bias, residual)
         # Frozen weights stay torch's: with them nn.Linear does not keep x.
         if weight.requires_grad or not needs_gradient(x, *others):
@@ -174,7 +186,7 @@ def apply_linear_row(
             z, bias = F.linear(x, weight, bias), None
         return RowFunction.apply(z, bias, norm_weight, norm_bias, residual, seed, codes)
     z = F.linear(x, weight, bias)
-    if is_compiling():
+    if gated or is_compiling():
         return ops.row_forward(z, None, norm_weight, norm_bias, residual, seed, *codes)[0]
     if small.is_small_inference(elements, z, codes):
         return small.row(z, norm_weight, norm_bias, residual, codes)
@@ -199,27 +211,6 @@ def _apply_linear_row(
     if needs_gradient(*inputs):
         return LinearRowFunction.apply(*inputs, codes)
     return ops.linear_row_forward(*inputs, False, *codes)[0]
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast gives a matrix product on this device; None where it is off."""
-    if device_type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
-
-
-def cast_by_autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t as autocast would pass it to a matrix product; float64 is never cast."""
-    return t if t.dtype == torch.float64 else t.to(dtype)
-
-
-def float32_under_autocast(
-    device_type: str, dtype: torch.dtype, norm: bool, activation: int = 0
-) -> bool:
-    """Whether autocast makes eager's norm or activation read `dtype` as float32."""
-    if device_type != "cuda" or not (norm or activation in _CUDA_AUTOCAST_FLOAT32):
-        return False
-    return dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled("cuda")
 
 
 def linear_chain(
@@ -247,10 +238,11 @@ def linear_chain(
                 x, weight, bias, norm_weight, norm_bias, None, seed, codes
             )
         return run_linear_row(x, weight, bias, norm_weight, norm_bias, residual, seed, codes)
-    out = (*shape[:-1], weight.shape[0])
+    features = output_features(weight.shape[0], codes)
+    out = (*shape[:-1], features)
     rows = math.prod(shape[:-1])  # not -1, which is ambiguous where there are no features
     if residual is not None:
-        residual = residual.reshape(rows, weight.shape[0])
+        residual = residual.reshape(rows, features)
     x = x.reshape(rows, shape[-1])
     return linear_chain(x, weight, bias, norm_weight, norm_bias, residual, seed, codes).view(out)
 
@@ -264,7 +256,10 @@ def chain(
     seed: Tensor | None,
     codes: Codes,
 ) -> Tensor:
-    """`run_row` for z of any rank; a row is the last `normalized_dims` dimensions."""
+    """`run_row` for z of any rank; a row is the last `normalized_dims` dimensions.
+
+    A gated activation halves the last dimension, and is a second operation if a row is several.
+    """
     if float32_under_autocast(z.device.type, z.dtype, bool(codes[0]), codes[2]):
         z = z.float()
     if residual is not None and residual.dtype != z.dtype:
@@ -272,12 +267,16 @@ def chain(
     shape = z.shape
     if len(shape) == 2 and normalized_dims == 1:
         return run_row(z, norm_weight, norm_bias, residual, seed, codes)
+    if normalized_dims > 1 and is_gated(codes[2]):
+        z = chain(z, normalized_dims, norm_weight, norm_bias, None, None, norm_alone(codes))
+        return chain(z, 1, None, None, residual, seed, without_norm(codes))
     cols = math.prod(shape[len(shape) - normalized_dims :])
     rows = math.prod(shape[: len(shape) - normalized_dims])
     if residual is not None:
-        residual = residual.reshape(rows, cols)
+        residual = residual.reshape(rows, output_features(cols, codes))
     if normalized_dims > 1:
         norm_weight = None if norm_weight is None else norm_weight.reshape(cols)
         norm_bias = None if norm_bias is None else norm_bias.reshape(cols)
     z = z.reshape(rows, cols)
-    return run_row(z, norm_weight, norm_bias, residual, seed, codes).view(shape)
+    out = (*shape[:-1], output_features(shape[-1], codes))
+    return run_row(z, norm_weight, norm_bias, residual, seed, codes).view(out)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import AUTOCAST_FLOAT32_NORMS, autocast_dtype, float32_under_autocast
 from .channel import drop_channels, run_channel, run_linear_channel
 from .checks import (
     after_cast,
@@ -18,22 +19,17 @@ from .checks import (
     check_scale_dtype,
     checked_channel_norm,
     checked_codes,
+    checked_output_shape,
     checked_probability,
     checked_seed,
     checked_shape,
     contiguous,
 )
-from .dispatch import (
-    AUTOCAST_FLOAT32_NORMS,
-    autocast_dtype,
-    chain,
-    float32_under_autocast,
-    linear_chain,
-)
+from .dispatch import chain, linear_chain
 from .jagged import on_jagged_values
 from .random import dropout_mask as _dropout_mask
 from .running import ChannelNorm
-from .spec import CHANNEL_NORMS
+from .spec import CHANNEL_NORMS, is_gated
 
 __all__ = ["dropout_mask", "linear_norm_act", "norm_act"]
 
@@ -84,18 +80,19 @@ def linear_norm_act(  # noqa: PLR0913  torch's names, each an argument
         momentum: the weight of new statistics in the running ones.
         virtual_batch_size: batch norm over parts of at most this many samples.
         process_group: batch norm over all processes of a torch.distributed group.
-        activation: a name of `fused.spec.ACTIVATIONS`, or None.
+        activation: a name of `fused.spec.ACTIVATIONS` or `GATED_ACTIVATIONS`, or None. A gated one
+            halves the features behind the norm: those of residual and result are N / 2.
         p: dropout probability; acts when `training` is true.
         channel_dropout: whole features of a sample are dropped, over all its positions.
         seed: the dropout seed, an int or an int64 tensor of one element; drawn from torch's
             generator where None.
-        residual: (..., N) or None, added last.
+        residual: of the result's shape or None, added last.
         mask: (...), bool, or None: positions where it is false (padding) take no part in
             statistics and come out as zero.
         **activation_parameters: negative_slope, alpha, beta, threshold, as torch names them.
 
     Returns:
-        (..., N), in the dtype that nn.Sequential of the same layers gives.
+        (..., N), or (..., N / 2), in the dtype that nn.Sequential of the same layers gives.
 
     Raises:
         ValueError: shapes or devices that do not match, unknown names, p outside [0, 1], too few
@@ -134,18 +131,19 @@ def linear_norm_act(  # noqa: PLR0913  torch's names, each an argument
     check_scale_dtype(operation, "norm_bias", norm_bias, dtype)
     check_norm_parameters(operation, norm, norm_weight, norm_bias)
     out = (*x.shape[:-1], features)
-    if residual is not None:
-        check_parameter(operation, "residual", residual, out, x)
-    if mask is not None:
-        check_mask(operation, mask, x, -1)
     p = checked_probability(operation, p) * bool(training)
     codes = checked_codes(operation, norm, eps, dtype, activation, p, activation_parameters)
+    result = checked_output_shape(operation, out, -1, codes)
+    if residual is not None:
+        check_parameter(operation, "residual", residual, result, x)
+    if mask is not None:
+        check_mask(operation, mask, x, -1)
     seed_tensor = checked_seed(operation, seed, x.device)
     norm_weight, norm_bias, bias = map(contiguous, (norm_weight, norm_bias, bias))
     running, parts = (running_mean, running_var, momentum), (virtual_batch_size, process_group)
     given = (norm_weight, norm_bias), num_groups, running, parts, training
     state = checked_channel_norm(operation, norm, out, -1, x, *given)
-    if state is not None or (norm is None and channel_dropout):
+    if state is not None or (norm is None and channel_dropout and not is_gated(codes[2])):
         return run_linear_channel(
             x,
             weight,
@@ -207,13 +205,15 @@ def norm_act(  # noqa: PLR0913
         eps, num_groups, running_mean, running_var, momentum, virtual_batch_size, process_group,
         activation, p, channel_dropout, training, seed, **activation_parameters: as in
             `linear_norm_act`. The dropout mask is laid along the normalised dimensions, or in
-            memory order.
-        residual: of z's shape, or None, added last.
+            memory order. A gated activation halves the channels of batch, group and instance norm,
+            else the last dimension.
+        residual: of the result's shape, or None, added last.
         mask: z's shape without the last dimension, as in `linear_norm_act`; for batch, group and
             instance norm with channel_dim -1 alone.
 
     Returns:
-        of z's shape, in the dtype that nn.Sequential of the same layers gives.
+        of z's shape, behind a gate with half the features, in the dtype that nn.Sequential of the
+        same layers gives.
 
     Raises:
         ValueError, TypeError: as `linear_norm_act`.
@@ -229,18 +229,20 @@ def norm_act(  # noqa: PLR0913
     check_scale_dtype(operation, "norm_weight", norm_weight, dtype)
     check_scale_dtype(operation, "norm_bias", norm_bias, dtype)
     check_norm_parameters(operation, norm, norm_weight, norm_bias)
-    if residual is not None:
-        check_parameter(operation, "residual", residual, tuple(z.shape), z)
-    if mask is not None:
-        check_mask(operation, mask, z, channel_dim if channelwise else -1)
     p = checked_probability(operation, p) * bool(training)
     codes = checked_codes(operation, norm, eps, z.dtype, activation, p, activation_parameters)
+    features = channel_dim if channelwise else -1
+    result = checked_output_shape(operation, tuple(z.shape), features, codes)
+    if residual is not None:
+        check_parameter(operation, "residual", residual, result, z)
+    if mask is not None:
+        check_mask(operation, mask, z, features)
     seed_tensor = checked_seed(operation, seed, z.device)
     norm_weight, norm_bias = contiguous(norm_weight), contiguous(norm_bias)
     running, parts = (running_mean, running_var, momentum), (virtual_batch_size, process_group)
     given = (norm_weight, norm_bias), num_groups, running, parts, training
     state = checked_channel_norm(operation, norm, tuple(z.shape), channel_dim, z, *given)
-    if state is not None or (norm is None and channel_dropout):
+    if state is not None or (norm is None and channel_dropout and not is_gated(codes[2])):
         return run_channel(
             z,
             channel_dim,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from .gated import GATED_MODULES, GeGLU
 from .norms import NORM_CLASSES, ChannelDropout
 from .spec import ACTIVATIONS, is_nan
 
@@ -38,6 +39,7 @@ class ReLUSquared(nn.Module):
 _ACTIVATION_OF: dict[type, str] = {
     **{a.module: name for name, a in ACTIVATIONS.items() if a.module is not None},
     ReLUSquared: "relu_squared",
+    **GATED_MODULES,
 }
 KIND_OF: dict[type, int] = {
     nn.Linear: LINEAR,
@@ -65,12 +67,18 @@ def _own_forward(kind: Any) -> Any:
 FORWARD_OF: dict[type, Any] = {kind: _own_forward(kind) for kind in KIND_OF}
 
 
+def _parameters_of(name: str) -> tuple[tuple[str, float], ...]:
+    return ACTIVATIONS[name].parameters if name in ACTIVATIONS else _NO_PARAMETERS
+
+
 def activation_of(child: nn.Module) -> tuple[str, tuple[tuple[str, float], ...]]:
     """The name and parameters of an activation module that `activation_reason` has passed."""
     given: Any = child
     kind = type(child)
+    if kind is GeGLU:
+        return given.activation, _NO_PARAMETERS
     name = _GELU_NAMES[given.approximate] if kind is nn.GELU else _ACTIVATION_OF[kind]
-    known = ACTIVATIONS[name].parameters
+    known = _parameters_of(name)
     if not known:
         return name, _NO_PARAMETERS
     return name, tuple((key, float(getattr(child, key))) for key, _ in known)
@@ -79,8 +87,10 @@ def activation_of(child: nn.Module) -> tuple[str, tuple[tuple[str, float], ...]]
 def activation_attributes(child: nn.Module, first: bool) -> Callable[[Any], Any] | None:
     """What reads the attributes on which `activation_reason` and `activation_of` depend."""
     kind = type(child)
-    names = [key for key, _ in ACTIVATIONS[_ACTIVATION_OF[kind]].parameters]
-    if kind is nn.GELU:
+    names = [key for key, _ in _parameters_of(_ACTIVATION_OF[kind])]
+    if kind in GATED_MODULES:
+        names.append("dim")
+    if kind in (nn.GELU, GeGLU):
         names.append("approximate")
     if kind is nn.ReLU6:
         names += ["min_val", "max_val"]
@@ -95,11 +105,13 @@ def activation_reason(child: nn.Module, first: bool) -> str:
     given: Any = child
     if first and getattr(child, "inplace", False):
         return "it works in place on the chain's input"
-    if kind is nn.GELU and given.approximate not in _GELU_NAMES:
+    if kind in (nn.GELU, GeGLU) and given.approximate not in _GELU_NAMES:
         return f"its approximate is {given.approximate!r}"
     if kind is nn.ReLU6 and (given.min_val, given.max_val) != (0, 6):
         return f"it clamps to ({given.min_val}, {given.max_val})"
-    for key, _ in ACTIVATIONS[_ACTIVATION_OF[kind]].parameters:
+    if kind in GATED_MODULES and type(given.dim) is not int:
+        return f"its dim is {given.dim!r}"
+    for key, _ in _parameters_of(_ACTIVATION_OF[kind]):
         value = getattr(child, key)
         if not isinstance(value, Real) or is_nan(value):
             return f"its {key} is {value!r}"

@@ -14,6 +14,7 @@ from .dispatch import composite, needs_gradient
 from .linear import LinearChannelFunction
 from .random import draw_seed
 from .running import ChannelNorm, update_running
+from .spec import is_gated
 
 
 def serves_linear_channel(
@@ -37,6 +38,7 @@ def serves_linear_channel(
         # Group norm has one position for each sample; more are not neighbours of one row.
         or not (x.dim() == 2 or (channel_dim == -1 and x.dim() > 2 and norm.name == "batch"))
         or x.numel() == 0
+        or is_gated(codes[2])
         or (residual is not None and residual.dtype != x.dtype)
         or torch.is_autocast_enabled(x.device.type)
         or composite(x)

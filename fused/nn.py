@@ -2,99 +2,38 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .block import Block, Built
 from .build import make_activation, make_dropout, make_norm
-from .chain import Chain
-from .checks import check_mask, check_residual
-from .guard import NORM_OF, PLAIN_TENSORS, ReLUSquared
-from .jagged import is_jagged, like, residual_values, values_of
-from .norms import MASKED_NORMS, BatchNorm, ChannelDropout, GroupNorm, InstanceNorm
+from .gated import GeGLU, ReGLU, SwiGLU
+from .guard import ReLUSquared
+from .jagged import is_jagged
+from .norms import BatchNorm, ChannelDropout, GroupNorm, InstanceNorm
 from .sequential import Sequential
-from .spec import CHANNEL_NORMS
+from .spec import CHANNEL_NORMS, GATED_ACTIVATIONS
 
 __all__ = [
     "MLP",
     "BatchNorm",
     "ChannelDropout",
+    "GeGLU",
     "GroupNorm",
     "InstanceNorm",
     "LinearNormAct",
     "NormAct",
+    "ReGLU",
     "ReLUSquared",
     "Sequential",
+    "SwiGLU",
 ]
 
 
-class _Built(Sequential):
-    """A Sequential whose constructor takes no children, so that a slice is a plain Sequential."""
-
-    def __getitem__(self, idx: Any) -> Any:
-        if isinstance(idx, slice):
-            return Sequential(OrderedDict([*self._modules.items()][idx]))
-        return super().__getitem__(idx)
-
-
-class _Block(_Built):
-    """A Sequential that is one chain, with a residual input and a mask of positions."""
-
-    channel_dim = -1
-
-    def __init__(self, children: dict[str, nn.Module | None]) -> None:
-        super().__init__()
-        for name, child in children.items():
-            if child is not None:
-                self.add_module(name, child)
-
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """The block.
-
-        Args:
-            input: a tensor, or a jagged nested tensor (batch, ragged, features).
-            residual: of the output's shape, added last.
-            mask: bool, the shape of the input without its features: positions where it is false
-                (padding) take no part in statistics and come out as zero.
-
-        Raises:
-            TypeError: residual is not a floating-point tensor, mask not a boolean one.
-            ValueError: one of them has another shape or device than it must; mask with channels in
-                dimension 1; a jagged input for group or instance norm.
-        """
-        operation = type(self).__name__
-        if is_jagged(input):
-            drops = isinstance(self._modules.get("dropout"), ChannelDropout)
-            norm = NORM_OF.get(type(self._modules.get("norm")))
-            values = values_of(operation, input, norm, mask, drops)
-            return like(input, self(values, residual_values(operation, input, residual)))
-        if residual is None and mask is None:
-            return super().forward(input)
-        if mask is not None:
-            check_mask(operation, mask, input, self.channel_dim)
-        steps = self._current_steps()
-        step = steps[0] if len(steps) == 1 else None
-        if isinstance(step, Chain) and (residual is None or type(residual) in PLAIN_TENSORS):
-            shape = step.output_shape(input)
-            if shape is not None:
-                if residual is not None:
-                    check_residual(operation, residual, shape, input)
-                return step(input, residual, mask)
-        y = input
-        for child in self.children():
-            y = child(y, mask) if mask is not None and type(child) in MASKED_NORMS else child(y)
-        if residual is not None:
-            check_residual(operation, residual, tuple(y.shape), y)
-            y = residual + y
-        return y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)
-
-
-class LinearNormAct(_Block):
+class LinearNormAct(Block):
     """Linear, norm, activation and dropout as one operation.
 
         y = residual + dropout(activation(norm(x · weightᵀ + bias)))
@@ -108,7 +47,9 @@ class LinearNormAct(_Block):
             "instance" (each feature of a sample, over its positions), "group" (groups of features
             of a sample, over its positions) or None. The first dimension of the input is the
             samples, those between first and last are positions.
-        activation: a name of `fused.spec.ACTIVATIONS`, or None.
+        activation: a name of `fused.spec.ACTIVATIONS` or `GATED_ACTIVATIONS`, or None. With a gated
+            one Linear and norm have 2N features, of which the first N are multiplied by the
+            activation of the others.
         dropout: probability; 0 leaves the child out.
         channel_dropout: probability with which a feature of a sample is dropped as a whole.
         bias: whether the Linear has one.
@@ -160,17 +101,18 @@ class LinearNormAct(_Block):
             "process_group": process_group,
         }
         where = {"device": device, "dtype": dtype}
+        features = out_features * (2 if activation in GATED_ACTIVATIONS else 1)
         super().__init__(
             {
-                "linear": nn.Linear(in_features, out_features, bias, **where),
-                "norm": make_norm(norm, out_features, -1, options, **where),
+                "linear": nn.Linear(in_features, features, bias, **where),
+                "norm": make_norm(norm, features, -1, options, **where),
                 "act": make_activation(activation, activation_parameters),
                 "dropout": make_dropout(dropout, channel_dropout, -1),
             }
         )
 
 
-class NormAct(_Block):
+class NormAct(Block):
     """Norm, activation and dropout as one operation, after any layer.
 
         y = residual + dropout(activation(norm(x)))
@@ -188,8 +130,9 @@ class NormAct(_Block):
 
     Shape:
         x (..., num_features) for layer and rms norm, else (N, num_features, ...) or, with
-        channel_dim -1, (N, ..., num_features); residual of x's shape; mask of x's shape without
-        its last dimension, if channels are last → x's shape.
+        channel_dim -1, (N, ..., num_features); residual of the result's shape; mask of x's shape
+        without its last dimension, if channels are last → x's shape, behind a gated activation
+        with half the features.
 
     Raises:
         ValueError, TypeError: as `LinearNormAct`.
@@ -225,10 +168,17 @@ class NormAct(_Block):
             "process_group": process_group,
         }
         where = {"device": device, "dtype": dtype}
+        last = num_features if isinstance(num_features, int) else num_features[-1]
+        if activation in GATED_ACTIVATIONS and last % 2:
+            raise ValueError(
+                f"activation={activation!r} halves the features; they must be an even number, got"
+                f" {last}"
+            )
+        gated_dim = channel_dim if norm in CHANNEL_NORMS else -1
         super().__init__(
             {
                 "norm": make_norm(norm, num_features, channel_dim, options, **where),
-                "act": make_activation(activation, activation_parameters),
+                "act": make_activation(activation, activation_parameters, gated_dim),
                 "dropout": make_dropout(dropout, channel_dropout, channel_dim),
             }
         )
@@ -236,7 +186,7 @@ class NormAct(_Block):
         self.channel_dim = channel_dim if norm in CHANNEL_NORMS or channel_dropout else -1
 
 
-class MLP(_Built):
+class MLP(Built):
     """Blocks of Linear, norm, activation and dropout, and a Linear at the end.
 
     Args:
@@ -296,5 +246,5 @@ class MLP(_Built):
             return super().forward(input)
         y = input
         for block in self.children():
-            y = block(y, mask=mask) if isinstance(block, _Block) else block(y)
+            y = block(y, mask=mask) if isinstance(block, Block) else block(y)
         return y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)

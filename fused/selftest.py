@@ -29,7 +29,7 @@ from .spec import (
     make_epilogue,
 )
 
-OPERATIONS = ("linear_norm_act", "norm_act")
+GATE = "linear_norm_gate"
 MODES = ("training", "inference")
 # The activation that each norm is tested with.
 ACTIVATION_OF: dict[str | None, str] = {
@@ -39,6 +39,14 @@ ACTIVATION_OF: dict[str | None, str] = {
     "batch": "relu",
     "group": "silu",
     "instance": "tanh",
+}
+# Behind a norm over samples or positions a gate is the same operation as without a norm.
+GATE_OF: dict[str | None, str] = {"layer": "geglu", "rms": "swiglu", None: "glu"}
+# Each operation with the norms that it is tested with.
+OPERATIONS: dict[str, tuple[str | None, ...]] = {
+    "linear_norm_act": tuple(ACTIVATION_OF),
+    "norm_act": tuple(ACTIVATION_OF),
+    GATE: tuple(GATE_OF),
 }
 # No multiple of a vector, of eight mask elements or of a tile.
 ROWS, FEATURES_IN, FEATURES = 37, 24, 101
@@ -61,12 +69,15 @@ def _inputs(operation: str, norm: str | None, dtype: torch.dtype, device: str) -
 
     rows: tuple[int, ...] = (SAMPLES, POSITIONS) if norm in CHANNEL_NORMS else (ROWS,)
     features = FEATURES + 1 if norm == "group" else FEATURES  # which must be a multiple of GROUPS
-    if operation == "linear_norm_act":
+    out = features
+    if operation == GATE:
+        features *= 2
+    if operation != "norm_act":
         inputs = {
             "x": make(*rows, FEATURES_IN),
             "weight": make(features, FEATURES_IN, deviation=FEATURES_IN**-0.5),
             "bias": make(features, deviation=0.1),
-            "residual": make(*rows, features),
+            "residual": make(*rows, out),
         }
     else:
         shape = (SAMPLES, features, POSITIONS) if norm in CHANNEL_NORMS else (*rows, features)
@@ -128,9 +139,10 @@ def self_test(
         ValueError: one of them is beyond its limit, or the dropout mask is wrong.
     """
     inputs = _inputs(operation, norm, dtype, device)
-    activation, training = ACTIVATION_OF[norm], mode == "training"
+    training = mode == "training"
+    activation = GATE_OF[norm] if operation == GATE else ACTIVATION_OF[norm]
     eps = default_eps(norm, None, dtype)
-    call = linear_norm_act if operation == "linear_norm_act" else norm_act
+    call = norm_act if operation == "norm_act" else linear_norm_act
     options: dict[str, Any] = {
         "norm": norm,
         "eps": eps,

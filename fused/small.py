@@ -17,11 +17,11 @@ from . import reference
 from .autograd import Codes
 from .backend import request
 from .running import ChannelNorm
-from .spec import ACTIVATION_CODES, ACTIVATION_NAMES
+from .spec import ACTIVATION_CODES, ACTIVATION_NAMES, is_gated
 
 _FAST = (None, "relu", "relu6", "leaky_relu", "sigmoid", "silu", "hardswish")
 _FAIR = ("elu", "selu", "gelu_tanh", "mish", "tanh", "softplus")
-# By the activation's code; 0 where the kernel always serves.
+# By the activation's code; 0 where the kernel always serves, as it does gated ones.
 LIMITS = [0] * len(ACTIVATION_CODES)
 for _name in _FAST:
     LIMITS[ACTIVATION_CODES[_name]] = 1 << 14
@@ -35,6 +35,10 @@ _RMS = 2
 _INFERENCE_LIMIT = 1 << 12
 
 
+def _limit(codes: Codes) -> int:
+    return -1 if is_gated(codes[2]) else LIMITS[codes[2]]
+
+
 def is_small(elements: int, z: Tensor, codes: Codes) -> bool:
     """Whether `row` serves an output of so many elements, where a gradient is needed.
 
@@ -42,7 +46,7 @@ def is_small(elements: int, z: Tensor, codes: Codes) -> bool:
     backend by its name gets it. Not to be asked while compiling: the sizes would become guards, and
     the compiler cannot read the request.
     """
-    limit = LIMITS[codes[2]]
+    limit = _limit(codes)
     return (
         elements <= (limit if codes[0] else limit * _WITHOUT_NORM)
         and not codes[5]
@@ -64,7 +68,7 @@ def is_small_channel(elements: int, z: Tensor, norm: ChannelNorm, codes: Codes) 
     """
     return (
         norm.name is not None
-        and elements <= LIMITS[codes[2]]
+        and elements <= _limit(codes)
         and norm.virtual_batch_size is None
         and not norm.across
         and (norm.momentum is not None or norm.running_mean is None)

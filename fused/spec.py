@@ -95,6 +95,7 @@ def gated_name(activation: str | None) -> bool:
     """Whether an activation's name is that of a gated one."""
     return activation in GATED_ACTIVATIONS
 
+
 # Norms whose statistics run along a row of the (rows, cols) view, then those whose statistics run
 # over samples or positions.
 ROW_NORMS = ("layer", "rms")

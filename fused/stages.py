@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from . import backend, guard
-from .dispatch import AUTOCAST_FLOAT32_NORMS, autocast_dtype, float32_under_autocast
+from .autocast import AUTOCAST_FLOAT32_NORMS, autocast_dtype, float32_under_autocast
+from .gated import GATED_MODULES
 from .guard import ACTIVATION, KIND_OF, NORM, NORM_OF, activation_of
 
 
@@ -31,6 +32,8 @@ class Stages:
     norm_name: str | None = None
     # The activation of a chain of activation and dropout.
     alone: nn.Module | None = None
+    # Whether the activation halves the features.
+    gated: bool = False
     # Reads what may change about the activation; None where nothing may.
     attributes: Callable[[Any], Any] | None = None
 
@@ -40,7 +43,8 @@ class Stages:
         self.types = [type(child) for child in self.children]
         if self.norm is not None:
             self.norm_name = NORM_OF[type(self.norm)]
-        if self.linear is None and self.norm is None:
+        self.gated = type(self.activation) in GATED_MODULES
+        if self.linear is None and self.norm is None and not self.gated:
             self.alone = self.activation
         if self.activation is not None:
             self.attributes = guard.activation_attributes(self.activation, self._reads_input())
@@ -128,9 +132,11 @@ class Stages:
             if features[-1] != inputs:
                 return f"Linear takes {inputs} features, the input has {features[-1]}"
             features = (*features[:-1], outputs)
-        reason = self.shape_reason(features)
+        reason = self.shape_reason(features) or self.gate_reason(features)
         if reason:
             return reason
+        if self.gated and self._reads_input() and not x.is_contiguous():
+            return "the input is not contiguous, and is halved"
         if self.alone is not None and not x.is_contiguous() and guard.memory_order(x) is None:
             return "the input has gaps or overlaps in memory"
         return ""
@@ -147,13 +153,34 @@ class Stages:
                 return f"the norm takes {expected}, its input is {shape}"
         return ""
 
+    def gate_dim(self, rank: int) -> int:
+        """The dimension that a gated activation must halve."""
+        return rank - 1
+
+    def gate_reason(self, shape: tuple[int, ...]) -> str:
+        """What stops a gated activation on a tensor of this shape."""
+        if not self.gated:
+            return ""
+        given: Any = self.activation
+        rank, own = len(shape), self.gate_dim(len(shape))
+        if not -rank <= given.dim < rank or given.dim % rank != own:
+            return f"{type(given).__name__} halves dimension {given.dim}, the features are in {own}"
+        if shape[own] % 2:
+            return f"{type(given).__name__} halves {shape[own]} features"
+        return ""
+
     def output_shape(self, x: Any) -> tuple[int, ...] | None:
         """The shape that an input of x's shape gives; None if eager is to raise for it, or may."""
         if guard.tensor_reason(x) or self.static_reason():
             return None
-        if self.linear is None:
-            return tuple(x.shape)
-        return (*x.shape[:-1], self.linear.weight.shape[0])
+        shape = list(x.shape)
+        if self.linear is not None:
+            shape[-1] = self.linear.weight.shape[0]
+        if self.gated:
+            if self.gate_reason(tuple(shape)):
+                return None
+            shape[self.gate_dim(len(shape))] //= 2
+        return tuple(shape)
 
     def backend_reason(self) -> str:
         """Why a chain that nothing else stops runs as plain torch operators, with its own mask."""

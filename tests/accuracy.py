@@ -3,17 +3,19 @@
     .venv/bin/python tests/accuracy.py
 
 Every norm × activation × dtype × shape class, dropout on; the oracle is the reference in float64.
-A ratio of 1 is eager's own error; tests/test_row.py and tests/test_channel.py hold every case to 2
-and a few ulp.
+A ratio of 1 is eager's own error; tests/test_row.py, tests/test_gated.py and tests/test_channel.py
+hold every case to 2 and a few ulp.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import channel_cases
 import torch
 from cases import EVERY_ACTIVATION, NORMS, make_epilogue, make_inputs, run_operator, run_reference
+from gated_cases import GATED, make_gated_epilogue, make_gated_inputs
 
 import fused
 from fused import backend, reference
@@ -35,8 +37,12 @@ def case_ratios(
     shape: tuple[int, int], norm: str | None, activation: str | None, dtype: torch.dtype
 ) -> dict[str, float]:
     """Largest error of ours over the largest of eager's (at least half an ulp of the largest)."""
-    inputs = make_inputs(*shape, dtype, norm)
-    epilogue = make_epilogue(norm, activation, 0.1)
+    if activation in GATED:
+        inputs = make_gated_inputs(*shape, dtype, norm)
+        epilogue = make_gated_epilogue(norm, activation, 0.1)
+    else:
+        inputs = make_inputs(*shape, dtype, norm)
+        epilogue = make_epilogue(norm, activation, 0.1)
     return ratios_of(
         run_operator(inputs, epilogue),
         run_reference(inputs, epilogue, torch.float64),
@@ -60,14 +66,14 @@ def ratios_of(
     return ratios
 
 
-def table(dtype: torch.dtype) -> list[str]:
+def table(dtype: torch.dtype, activations: Sequence[str | None]) -> list[str]:
     """Worst ratio over the activations, for each norm, shape class and output."""
     names = ("y", "dz", "dbias", "dnorm_weight", "dnorm_bias")
     lines = ["| norm | shape | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for norm in NORMS:
         for label, shape in SHAPES.items():
             worst = dict.fromkeys(names, (0.0, ""))
-            for activation in EVERY_ACTIVATION:
+            for activation in activations:
                 for name, ratio in case_ratios(shape, norm, activation, dtype).items():
                     worst[name] = max(worst[name], (ratio, str(activation)))
             cells = [f"{r:.2f} ({a})" if a else "–" for r, a in worst.values()]
@@ -168,7 +174,8 @@ def main() -> None:
     for dtype in DTYPES:
         print(f"{dtype} ...", flush=True)
         short = str(dtype).removeprefix("torch.")
-        lines += ["", f"## {short}", "", *table(dtype)]
+        lines += ["", f"## {short}", "", *table(dtype, EVERY_ACTIVATION)]
+        lines += ["", f"### {short}, gated activations; the shape is y's", "", *table(dtype, GATED)]
         lines += ["", f"### {short}, samples × channels × positions", "", *channel_table(dtype)]
     print("linear ...", flush=True)
     lines += ["", "## The whole block, Linear in front", "", LINEAR_NOTE, "", *linear_table()]

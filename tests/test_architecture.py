@@ -32,9 +32,10 @@ LONGER: dict[str, tuple[int, str]] = {}
 # Each module may import only those before it.
 ORDER = ["spec", "random", "layout", "reference", "moments", "synchronize", "launchers", "ops"]
 ORDER += ["cuda_library", "cuda_row", "cuda_channel", "cuda_channel_backward", "backend"]
-ORDER += ["autograd", "gemm", "linear", "running", "small"]
-ORDER += ["dispatch", "linear_channel", "checks", "channel", "jagged", "functional", "norms"]
-ORDER += ["guard", "stages", "chain", "channel_chain", "plan", "sequential", "build", "nn"]
+ORDER += ["autograd", "autocast", "gemm", "linear", "running", "small", "dispatch", "gated"]
+ORDER += ["linear_channel", "checks", "channel_composite", "channel", "jagged", "functional"]
+ORDER += ["norms", "guard", "stages", "chain", "channel_chain", "plan", "sequential", "block"]
+ORDER += ["build", "nn"]
 ORDER += ["convert", "progress", "scaler", "foldable", "fold", "ensemble"]
 ORDER += ["selftest", "doctor", "clock", "tune_cases", "tune_linear", "tune", "__main__"]
 

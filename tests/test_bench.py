@@ -128,7 +128,7 @@ def make_results(folder: Path) -> None:
     for suite, cells in SUITES.items():
         rows = []
         for index, cell in enumerate(cells()):
-            limit = {"linear": "gemms", "host": "eager"}.get(suite, "copy_")
+            limit = {"linear": "gemms", "blocks": "gemms", "host": "eager"}.get(suite, "copy_")
             times = {
                 ("fused", cell.mode): [2e-3] * 7,
                 (limit, cell.mode): [1e-3] * 7,
@@ -164,10 +164,53 @@ def test_report(tmp_path: Path) -> None:
     assert "| batch | none | 2.50 (2.50) |" in once[0]
     assert "norm: N-A-D" not in once[0]
     assert "Fused is slower (▼) in 1 of" in once[0]
-    for suite in SUITES:
+    assert "Roofline, bfloat16" in once[0]
+    for suite in (*SUITES, "roofline"):
         picture = tmp_path / "docs" / "images" / f"{suite}.png"
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert f"docs/images/{suite}.png" in once[0]
+
+
+def made_up_block(provider: str, microseconds: float, **changes: Any) -> Any:
+    from bench_cases import make_cell
+
+    from bench.harness import _rows
+    from bench.machine import this_machine
+
+    size = {"M": 1000, "K": 2000, "N": 3000, "mode": "training"} | changes
+    cell = make_cell(suite="blocks", chain="L-N-A-D", **size)
+    times = {(name, cell.mode): [microseconds / 1e6] * 7 for name in ("fused", provider)}
+    fact = {"error": 0.0, "kept_bytes": 0, "ring": 1, "calls": 1}
+    found = _rows(cell, this_machine("cpu"), times, {name: fact for name in ("fused", provider)})
+    return next(r for r in found if r.provider == provider)
+
+
+def test_roofline(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench.roofline import ceilings, draw_roofline, flops, least_bytes, roofline_text, share
+
+    products = made_up_block("gemms", 1000.0)
+    copy = made_up_block("copy_", 10.0, mode="forward", M=1000, N=1000)
+    fused = made_up_block("fused", 4000.0)
+    narrow = made_up_block("eager", 100.0, K=1, N=1000)
+    assert flops(products) == 6 * 6e9
+    assert least_bytes(products) == 4 * (3 * 2e6 + 3 * 6e6 + 8 * 3e6)
+    blocks = [products, fused, narrow]
+    limits = ceilings(blocks, [copy], "float32")
+    assert limits is not None
+    assert limits == pytest.approx((8e6 / 10e-6, 36e9 / 1e-3))
+    assert share(products, limits) == pytest.approx(1.0)
+    assert share(fused, limits) == pytest.approx(0.25)
+    # Bound by memory: the time that its bytes take over the time that it took.
+    assert share(narrow, limits) == pytest.approx(least_bytes(narrow) / limits[0] / 100e-6)
+    assert "800 GB/s" in roofline_text(blocks, [copy])
+    assert "36 TFLOP/s" in roofline_text(blocks, [copy])
+    assert "fused 0.25" in roofline_text(blocks, [copy])
+    picture = tmp_path / "images" / "roofline.png"
+    assert draw_roofline(blocks, [copy], picture, "made up")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert not draw_roofline(blocks, [], tmp_path / "none.png", "")
+    assert roofline_text(blocks, []) == ""
 
 
 def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ RIGHT = [
     {"chain": "L-N-A-D", "K": 40, "norm": "rms"},
     {"chain": "L-A", "K": 40, "norm": "", "p": 0.0, "dtype": "bfloat16"},
     {"chain": "A-D", "norm": ""},
+    {"activation": "glu"},
+    {"chain": "L-N-A", "K": 40, "norm": "rms", "activation": "glu", "p": 0.0, "dtype": "bfloat16"},
 ]
 
 

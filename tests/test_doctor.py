@@ -53,10 +53,12 @@ def test_machine(report: dict[str, Any]) -> None:
 def test_every_operation_is_there_once(report: dict[str, Any]) -> None:
     keys = ("operation", "norm", "mode", "device", "dtype")
     got = [tuple(entry[key] for key in keys) for entry in report["operations"]]
+    norms = ("layer", "rms", None, "batch", "group", "instance")
+    pairs = [(operation, norm) for operation in ("linear_norm_act", "norm_act") for norm in norms]
+    pairs += [("linear_norm_gate", norm) for norm in norms[:3]]
     want = {
         (operation, norm, mode, device, dtype)
-        for operation in ("linear_norm_act", "norm_act")
-        for norm in ("layer", "rms", "batch", "group", "instance", None)
+        for operation, norm in pairs
         for mode in ("training", "inference")
         for device in ("cpu", "cuda")
         for dtype in DTYPES

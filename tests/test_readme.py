@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fused import backend
-from fused.spec import ACTIVATIONS
+from fused.spec import ACTIVATIONS, GATED_ACTIVATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,6 +43,8 @@ def test_every_activation_is_named() -> None:
     (line,) = [line for line in README.splitlines() if line.startswith("| activation |")]
     names = line.split("|")[2].replace(" ", "").split(",")
     assert names == [*ACTIVATIONS, "none"]
+    (line,) = [line for line in README.splitlines() if line.startswith("| gated activation |")]
+    assert line.split("|")[2].partition("(")[0].replace(" ", "").split(",") == [*GATED_ACTIVATIONS]
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^):]+)\)", README))))

@@ -1,0 +1,121 @@
+"""Gated activations: along any dimension, and as modules, of which torch has nn.GLU alone.
+
+    y = a · gate(b)        of the halves a (value, first) and b (gate, second) of the features
+
+Behind a Linear and a norm along rows a gated activation is part of their one operation; behind a
+norm over samples or positions, or along another dimension than the last, it is a second one, with
+the dropout (channel.py).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from . import reference
+from .autograd import Codes
+from .dispatch import chain, is_tracing, make_codes, without_norm
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def gate(h: Tensor, dim: int, codes: Codes, residual: Tensor | None, seed: Tensor | None) -> Tensor:
+    """residual + dropout(activation(h)), gated along dimension `dim`, which is halved.
+
+    The mask of dropout lies in memory order: along the last dimension where that is the gated one,
+    or where it is so in memory (channels-last), else along all dimensions from `dim` on.
+    """
+    rest = without_norm(codes)
+    if dim in (-1, h.dim() - 1):
+        return chain(h, 1, None, None, residual, seed, rest)
+    last = h.movedim(dim, -1)
+    if last.is_contiguous() and not h.is_contiguous():
+        residual = None if residual is None else residual.movedim(dim, -1)
+        return chain(last, 1, None, None, residual, seed, rest).movedim(-1, dim)
+    shape = list(h.shape)
+    shape[dim] //= 2
+    residual = None if residual is None else residual.flatten(dim)
+    return chain(h.flatten(dim), 1, None, None, residual, seed, rest).view(shape)
+
+
+class _Gated(nn.Module):
+    """a · activation(b) of the halves (a, b) of one dimension."""
+
+    activation = ""
+
+    def __init__(self, dim: int = -1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = type(x) in _PLAIN and x.is_floating_point() and x.dim() > 0 and not x.is_nested
+        if not plain or is_tracing():
+            return self._by_torch(x)
+        size = x.shape[self.dim]
+        if size % 2:
+            raise ValueError(
+                f"{type(self).__name__} halves dimension {self.dim}, whose size {size} is odd"
+            )
+        codes = make_codes(None, 0.0, self.activation, 0.0)
+        return gate(x, self.dim % x.dim(), codes, None, None)
+
+    def _by_torch(self, x: Tensor) -> Tensor:
+        y = reference.activate(x.transpose(self.dim, -1), self.activation)
+        return y.transpose(self.dim, -1)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class SwiGLU(_Gated):
+    """value · SiLU(gate), of the first and the second half of a dimension (Shazeer, 2020).
+
+    torch's nn.GLU has the same order. Weights of models that keep the gate first (Llama's gate_proj
+    before up_proj) are to be concatenated the other way round.
+
+    Args:
+        dim: the dimension that is halved.
+
+    Shape:
+        (..., 2N, ...) to (..., N, ...).
+
+    Raises:
+        ValueError: the dimension's size is odd.
+    """
+
+    activation = "swiglu"
+
+
+class GeGLU(_Gated):
+    """value · GELU(gate), as `SwiGLU`.
+
+    Args:
+        dim: the dimension that is halved.
+        approximate: "none" or "tanh", as of nn.GELU.
+    """
+
+    def __init__(self, dim: int = -1, approximate: str = "none") -> None:
+        super().__init__(dim)
+        if approximate not in ("none", "tanh"):
+            raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
+        self.approximate = approximate
+
+    @property
+    def activation(self) -> str:  # type: ignore[override]
+        return "geglu" if self.approximate == "none" else "geglu_tanh"
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, approximate={self.approximate!r}"
+
+
+class ReGLU(_Gated):
+    """value · ReLU(gate), as `SwiGLU`."""
+
+    activation = "reglu"
+
+
+GATED_MODULES: dict[type, str] = {
+    nn.GLU: "glu",
+    SwiGLU: "swiglu",
+    GeGLU: "geglu",
+    ReGLU: "reglu",
+}
