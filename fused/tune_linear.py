@@ -94,8 +94,8 @@ def make_calls(case: LinearCase, rows: int, device: str) -> tuple[Call, Call]:
         return library, lambda: list(ops.linear_channel_forward(*given, *scalars))
 
     def library_row() -> list[Tensor]:
-        z = F.linear(x, weight)
-        return [*ops.row_forward(z, bias, *affine, None, seed, *codes), z]
+        z = F.linear(x, weight, bias)
+        return [*ops.row_forward(z, None, *affine, None, seed, *codes), z]
 
     given = (x, weight, bias, *affine, None, seed, True)
 
