@@ -15,6 +15,8 @@ Formula of the gradient: Ba, Kiros, Hinton, "Layer normalization", 2016, differe
 import triton
 import triton.language as tl
 
+from .tile import load_columns, load_first, load_tile, row_offset
+
 # How many statistics of a row are kept for the backward.
 STATISTICS = {None: 0, "layer": 2, "rms": 1}
 
@@ -112,3 +114,38 @@ def row_gradient(g, xhat, rstd, mean_g, mean_gx, NORM: tl.constexpr):
     if NORM == "layer":
         dx = dx - mean_g[:, None]
     return dx * rstd[:, None]
+
+
+@triton.jit
+def walk_statistics(
+    z_ptr,
+    bias_ptr,
+    row,  # int64 [BLOCK_M]
+    rows,
+    cols,
+    stride_zm,
+    NORM: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(first, mean - first, m2) of z + bias along rows wider than a tile, block by block: [M] each.
+
+    `first` as in `row_statistics`, mean and m2 as in `merge_statistics`.
+    """
+    z_offset = row_offset(row, stride_zm, ALIGN)
+    end = (cols // ALIGN) * ALIGN
+    first = tl.zeros((BLOCK_M,), tl.float32)
+    if NORM == "layer":
+        first = load_first(z_ptr, row, stride_zm, row < rows, bias_ptr)
+    mean = tl.zeros((BLOCK_M,), tl.float32)  # of z + bias - first
+    m2 = tl.zeros((BLOCK_M,), tl.float32)
+    for col0 in tl.range(0, cols, BLOCK_N):
+        column = col0 + tl.arange(0, BLOCK_N)
+        column_mask = column < end
+        bias = load_columns(bias_ptr, column, column_mask) if bias_ptr is not None else None
+        x = load_tile(z_ptr, z_offset + column[None, :], column_mask[None, :], bias)
+        seen = tl.cast(col0, tl.float32)
+        new = tl.cast(tl.minimum(cols - col0, BLOCK_N), tl.float32)
+        mean, m2 = merge_statistics(x, first, column_mask, seen, new, mean, m2, NORM)
+    return first, mean, m2

@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec import ACTIVATION_NAMES, NORM_NAMES
+from ..spec import ACTIVATION_NAMES, NORM_NAMES, is_gated
 from . import tuning
 from .activation import activate
 from .dropout import dropout_multiplier
-from .norm import STATISTICS, affine, centre, merge_statistics, store_statistics
+from .gated import gated_forward
+from .norm import STATISTICS, affine, centre, store_statistics, walk_statistics
 from .row_epilogue import write_rows
-from .tile import load_columns, load_first, load_tile, row_offset
+from .tile import load_columns, load_tile, row_offset
 
 # Runtime integers whose value must not compile a new kernel: alignment is passed as ALIGN instead.
 FORWARD_INTEGERS = ("rows", "cols", "stride_zm", "stride_rm", "stride_ym", "threshold")
@@ -102,23 +103,13 @@ def _row_fwd_loop_kernel(
 ):
     """One row a program, wider than a tile: statistics block by block, then the row again."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_M)
-    z_offset = row_offset(row, stride_zm, ALIGN)
-    end = (cols // ALIGN) * ALIGN
-    first = tl.zeros((BLOCK_M,), tl.float32)
-    if NORM == "layer":
-        first = load_first(z_ptr, row, stride_zm, row < rows, bias_ptr)
-    mean = tl.zeros((BLOCK_M,), tl.float32)  # of z + bias - first
-    m2 = tl.zeros((BLOCK_M,), tl.float32)
-    for col0 in tl.range(0, cols, BLOCK_N):
-        column = col0 + tl.arange(0, BLOCK_N)
-        column_mask = column < end
-        bias = load_columns(bias_ptr, column, column_mask) if bias_ptr is not None else None
-        x = load_tile(z_ptr, z_offset + column[None, :], column_mask[None, :], bias)
-        seen = tl.cast(col0, tl.float32)
-        new = tl.cast(tl.minimum(cols - col0, BLOCK_N), tl.float32)
-        mean, m2 = merge_statistics(x, first, column_mask, seen, new, mean, m2, NORM)
+    first, mean, m2 = walk_statistics(
+        *(z_ptr, bias_ptr, row, rows, cols, stride_zm, NORM, ALIGN, BLOCK_M, BLOCK_N)
+    )
     rstd = tl.rsqrt(m2 / cols + tl.cast(eps, tl.float32))
     store_statistics(statistics_ptr, row, rows, first + mean, rstd, NORM)
+    z_offset = row_offset(row, stride_zm, ALIGN)
+    end = (cols // ALIGN) * ALIGN
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
@@ -173,10 +164,23 @@ def row_forward(
         norm, eps, activation, alpha, beta, threshold: as `spec.Epilogue.codes`.
         out: where y goes, laid out as z may be; it may be z itself. None: a new tensor.
 
+    A gated activation takes z (rows, 2 cols) and (2 cols,) of each parameter (gated.py).
+
     Returns:
         y (rows, cols) in z's dtype; statistics of z + bias, float32: (2, rows) mean and rstd for
         layer norm, (1, rows) rstd for rms norm, (0, rows) without a norm.
+
+    Raises:
+        ValueError: a gated activation, and an odd number of columns or `out`.
     """
+    if is_gated(activation):
+        if out is not None:
+            raise ValueError(
+                f"row_forward_: {ACTIVATION_NAMES[activation]} halves the columns, so its result"
+                " cannot be written over z; take row_forward"
+            )
+        inputs = (z, bias, norm_weight, norm_bias, residual, seed)
+        return gated_forward(*inputs, norm, eps, activation, threshold)
     rows, cols = z.shape
     name = NORM_NAMES[norm]
     y = z.new_empty((rows, cols)) if out is None else out

@@ -16,11 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec import ACTIVATION_NAMES, NORM_NAMES
+from ..spec import ACTIVATION_NAMES, NORM_NAMES, is_gated
 from . import tuning
 from .activation import activate_grad
 from .column_sum import sum_columns
 from .dropout import dropout_multiplier
+from .gated import half_of
+from .gated_backward import gated_backward
 from .norm import affine, centre, load_statistics, row_gradient, row_gradient_means
 from .row_sums import BACKWARD_INTEGERS, row_sums
 from .tile import load_columns, load_tile, row_offset
@@ -177,14 +179,21 @@ def row_backward(
         statistics: as the forward returned them; eps went into them and is not used again.
         wanted: sum of the WANT_ constants: the sums over the rows to make. WANT_BIAS makes sense
             without a bias too: z then contains it.
-        seed, norm, activation, alpha, beta, threshold: as in the forward.
+        seed, norm, activation, alpha, beta, threshold: as in the forward. With a gated activation
+            dy is (rows, cols), and what else has columns has 2 cols (gated_backward.py).
 
     Returns:
         dz (rows, cols) in z's dtype; dnorm_weight and dnorm_bias, (cols,) in the dtypes of their
         parameters, and dbias, (cols,) in z's dtype. Those that are not wanted, or whose parameter
         does not exist, are float32 and empty, (0,).
+
+    Raises:
+        ValueError: a gated activation, and an odd number of columns.
     """
     rows, cols = z.shape
+    activation_name = ACTIVATION_NAMES[activation]
+    if is_gated(activation):
+        half_of(cols, "row_backward", str(activation_name))
     name = NORM_NAMES[norm]
     if name is None:
         norm_weight = norm_bias = None
@@ -205,19 +214,24 @@ def row_backward(
     dnorm_weight, dnorm_bias, dbias = gradients
     if empty:
         return dz, dnorm_weight, dnorm_bias, dbias
+    inputs = (dy, z, bias, norm_weight, norm_bias, statistics if name else None)
+    seed_arg = seed if threshold else None
+    made = [g for g in gradients if g.numel()]
+    wants = {flag: owner is not None for flag, owner in owners.items()}
+    if is_gated(activation):
+        out = (dz, made, wants)
+        gated_backward(inputs, seed_arg, *out, name, str(activation_name), threshold)
+        return dz, dnorm_weight, dnorm_bias, dbias
     device = tuning.device(z)
     scalars = (rows, cols, dy.stride(0), z.stride(0), alpha, beta, threshold)
     align = tuning.alignment(cols, z.element_size(), dy.stride(0), z.stride(0))
     flags = {
         "NORM": name,
-        "ACTIVATION": ACTIVATION_NAMES[activation],
+        "ACTIVATION": activation_name,
         "ALIGN": align,
         "PTX": device.arch > 0,
         "PER_THREAD": min(8, 16 // z.element_size()),
     }
-    inputs = (dy, z, bias, norm_weight, norm_bias, statistics if name else None)
-    seed_arg = seed if threshold else None
-    made = [g for g in gradients if g.numel()]
     wide = align * z.element_size() == 16 and (dy.data_ptr() | z.data_ptr()) % 16 == 0
     tile = tuning.backward_tile(cols, name, len(made), z.element_size(), device, wide)
     col_blocks = triton.cdiv(cols, tile.block_n)
@@ -238,7 +252,7 @@ def row_backward(
             partial,
             *scalars,
             **flags,
-            **{flag: owner is not None for flag, owner in owners.items()},
+            **wants,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             STAGES=tuning.backward_stages(tile),

@@ -21,13 +21,15 @@ _READ_BACK = (
     "the program that writes a tile of z reads it back from L2, a few rows at a time: in registers"
     " the tile would spill; with a norm also the first element of each row"
 )
+_FIRST = Allowed(
+    1.01, "layer norm takes differences from the first element of a row: once more, from L1"
+)
+_TWICE_AND_FIRST = Allowed(2.01, f"{_WALKS_TWICE}; and the first element of each row")
 READINGS: dict[tuple[str, str], Allowed] = {
-    ("_row_fwd_kernel", "z_ptr"): Allowed(
-        1.01, "layer norm takes differences from the first element of a row: once more, from L1"
-    ),
-    ("_row_fwd_loop_kernel", "z_ptr"): Allowed(
-        2.01, f"{_WALKS_TWICE}; and the first element of each row"
-    ),
+    ("_row_fwd_kernel", "z_ptr"): _FIRST,
+    ("_row_fwd_loop_kernel", "z_ptr"): _TWICE_AND_FIRST,
+    ("_gated_fwd_kernel", "z_ptr"): _FIRST,
+    ("_gated_fwd_loop_kernel", "z_ptr"): _TWICE_AND_FIRST,
     ("_channel_moments_kernel", "z_ptr"): Allowed(
         1.3, "each program takes differences from the mean of its first tile: once more, from L1"
     ),
@@ -49,10 +51,10 @@ _STATISTICS_FIRST = (
     " program: one kernel for the sums, one for the result"
 )
 _FORWARD, _BACKWARD = Allowed(4 / 3, _STATISTICS_FIRST), Allowed(5 / 3, _STATISTICS_FIRST)
+_MEANS_FIRST = "a row and its column sums do not fit into registers: one kernel for the row's means"
 CALLS: dict[str, Allowed] = {
-    "row backward: wide": Allowed(
-        5 / 3, "a row and its column sums do not fit into registers: one kernel for the row's means"
-    ),
+    "row backward: wide": Allowed(5 / 3, _MEANS_FIRST),
+    "gated backward: wide": Allowed(8 / 5, _MEANS_FIRST),
     "channel forward: batch, planar": _FORWARD,
     "channel forward: batch, channels last": _FORWARD,
     "channel forward: group split, channels last": _FORWARD,
@@ -71,6 +73,12 @@ CONVERSIONS: dict[str, Allowed] = {
     "_row_fwd_loop_kernel": Allowed(2, _STATISTICS),
     "_row_sums_kernel": Allowed(2, _STATISTICS),
     "_row_bwd_kernel": Allowed(3, "column sums change layout once a program, after its loop"),
+    "_gated_fwd_kernel": Allowed(2, _STATISTICS),
+    "_gated_fwd_loop_kernel": Allowed(2, _STATISTICS),
+    "_gated_sums_kernel": Allowed(2, _STATISTICS),
+    "_gated_bwd_kernel": Allowed(
+        6, "column sums of either half change layout once a program, after its loop"
+    ),
 }
 # The same for kernels that walk over z in tiles of several rows: where they leave partial sums.
 WALKS: dict[str, Allowed] = {
@@ -80,7 +88,7 @@ WALKS: dict[str, Allowed] = {
 # Shared memory of one-row kernels that add up along the row: the partial sums of the warps. The
 # others need it for the conversion above, or fetch rows ahead into it.
 ROW_SHARED = 1024
-MORE_SHARED = ("_row_bwd_kernel",)
+MORE_SHARED = ("_row_bwd_kernel", "_gated_bwd_kernel")
 
 # ---- registers put aside (accesses and bytes of stack); the rule is 0, and in a loop always ----
 SPILLS: dict[str, Allowed] = {
@@ -106,6 +114,7 @@ NARROW_LOADS: dict[str, Allowed] = {
     "_gemm_group_kernel": Allowed(2, _FEW),
 }
 FIRST_ELEMENTS = ("_row_fwd_kernel", "_row_fwd_loop_kernel")
+FIRST_ELEMENTS += ("_gated_fwd_kernel", "_gated_fwd_loop_kernel")
 NARROW_STORES: dict[str, str] = {
     "_column_sum_kernel": "64 sums a program and more threads than that: one number each, side by"
     " side; cols numbers a launch against programs x cols loaded 16 bytes at a time",

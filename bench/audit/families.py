@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import channel_family, gemm_family, row_family
+from . import channel_family, gated_family, gemm_family, row_family
 from .family import Family
 
 FAMILIES: list[Family] = [
@@ -11,4 +11,6 @@ FAMILIES: list[Family] = [
     channel_family.FORWARD,
     channel_family.BACKWARD,
     gemm_family.FORWARD,
+    gated_family.FORWARD,
+    gated_family.BACKWARD,
 ]

@@ -64,6 +64,12 @@ class Launch:
         return [self.arguments[name] for name in names]
 
     @property
+    def element_bytes(self) -> int:
+        """What the streams have for each element of the smallest; z before a gate has two."""
+        least = min((t.numel() for t in self.streams if t.numel()), default=1)
+        return sum(t.element_size() * max(1, t.numel() // least) for t in self.streams)
+
+    @property
     def tile(self) -> int:
         """Elements that a program treats at once; 0 where the kernel does not say."""
         for names in _TILES:

@@ -18,10 +18,10 @@ from .targets import TARGETS
 class Measured:
     """A launch, the one of this number in its case, and the binary that it got.
 
-    `per_thread`: elements of a tile that a thread treats, 0 where unknown. `element_bytes`: what
-    the tensors as large as the problem have for each element. `tile_rows`: BLOCK_M, 0 where the
-    kernel has none. `writes`, `masked`, `sums`: whether the launch writes such a tensor, has a mask
-    of one byte a position, and leaves partial sums. `exact`: as `Launch.exact`.
+    `per_thread`: elements of a tile that a thread treats, 0 where unknown. `element_bytes` and
+    `exact`: as `Launch` has them. `tile_rows`: BLOCK_M, 0 where the kernel has none. `writes`,
+    `masked`, `sums`: whether the launch writes a tensor as large as the problem, has a mask of one
+    byte a position, and leaves partial sums.
     """
 
     kernel: str
@@ -52,7 +52,7 @@ class Measured:
             headline=headline,
             aligned=launch.aligned,
             per_thread=launch.tile / threads,
-            element_bytes=sum(t.element_size() for t in launch.streams),
+            element_bytes=launch.element_bytes,
             tile_rows=launch.arguments.get("BLOCK_M", 0),
             writes=any(name in launch.present for name in OUTPUTS),
             masked="mask_ptr" in launch.present,

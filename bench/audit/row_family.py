@@ -12,7 +12,7 @@ from fused.kernels.row_backward import (
 )
 from torch import Tensor
 
-from fused.spec import ACTIVATIONS, Epilogue, make_epilogue
+from fused.spec import ACTIVATIONS, Epilogue, gated_name, make_epilogue
 
 from .covering import Case
 from .family import DTYPES, Family, Make
@@ -38,8 +38,10 @@ _COMMON = {
 }
 
 
-def _matrix(case: Case, make: Make) -> Tensor:
+def _matrix(case: Case, make: Make, of_z: bool = False) -> Tensor:
+    """The width is that of the result; before a gated activation z has twice as many columns."""
     cols = case["width"] - {"ragged": 8, "odd": 1}.get(case["fit"], 0)
+    cols *= 2 if of_z and gated_name(case["activation"]) else 1
     first = int(case["fit"] == "offset")
     flat = make((first + case["rows"] * cols,), DTYPES[case["dtype"]])
     return flat[first:].view(case["rows"], cols)
@@ -56,16 +58,18 @@ def _epilogue(case: Case) -> Epilogue:
     return make_epilogue(case["norm"], 1e-5, case["activation"], case["p"])
 
 
-def _forward(case: Case, make: Make) -> object:
-    z = _matrix(case, make)
+def forward(case: Case, make: Make) -> object:
+    """Calls the forward on the tensors of a case."""
+    z = _matrix(case, make, of_z=True)
     parameters = _parameters(case, make, z.shape[1])
     residual = _matrix(case, make) if case["residual"] else None
     seed = make((1,), torch.int64)
     return row_forward(z, *parameters, residual, seed, *_epilogue(case).codes)
 
 
-def _backward(case: Case, make: Make) -> object:
-    dy, z = _matrix(case, make), _matrix(case, make)
+def backward(case: Case, make: Make) -> object:
+    """Calls the backward on the tensors of a case."""
+    dy, z = _matrix(case, make), _matrix(case, make, of_z=True)
     parameters = _parameters(case, make, z.shape[1])
     statistics = make((2, z.shape[0]), DTYPES["fp32"])
     seed = make((1,), torch.int64)
@@ -83,7 +87,7 @@ FORWARD = Family(
         "no norm": {"rows": 5, "width": 1200, "norm": None},
         "wide": {"rows": 2, "width": 20000},
     },
-    call=_forward,
+    call=forward,
 )
 BACKWARD = Family(
     name="row backward",
@@ -107,5 +111,5 @@ BACKWARD = Family(
         "no norm": {"rows": 5, "width": 1200, "norm": None},
         "wide": {"rows": 2, "width": 9000},
     },
-    call=_backward,
+    call=backward,
 )

@@ -13,6 +13,7 @@ registers, with the operator's own list of arguments.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,14 @@ from torch import Tensor
 
 from fused import launchers, reference
 from fused.ops import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
-from fused.spec import ACTIVATIONS, Epilogue, dropout_threshold
+from fused.spec import (
+    ACTIVATIONS,
+    GATED_ACTIVATIONS,
+    Epilogue,
+    activation_parameters,
+    dropout_threshold,
+    gated_name,
+)
 
 GRADIENTS = ("dz", "dnorm_weight", "dnorm_bias", "dbias")
 ALL = WANT_NORM_WEIGHT | WANT_NORM_BIAS | WANT_BIAS
@@ -31,6 +39,7 @@ ALL = WANT_NORM_WEIGHT | WANT_NORM_BIAS | WANT_BIAS
 class Case:
     """One call, forward and backward. `gap` widens row strides, `offset` storage offsets.
 
+    `cols` are those of z; behind a gated activation the result has half of them.
     Without `bias`, dbias may be wanted all the same: the gradient of a bias that z contains.
     """
 
@@ -54,13 +63,14 @@ class Case:
 
     @property
     def epilogue(self) -> Epilogue:
-        parameters = ()
-        if self.activation is not None:
-            parameters = tuple(value for _, value in ACTIVATIONS[self.activation].parameters)
-        alpha, beta = (*parameters, 0.0, 0.0)[:2]
+        alpha, beta = activation_parameters(self.activation, {})
         eps = 1e-5 if self.norm else 0.0
         threshold = dropout_threshold(self.p)
         return Epilogue(self.norm, eps, self.activation, alpha, beta, threshold)
+
+    @property
+    def result_cols(self) -> int:
+        return self.cols // 2 if gated_name(self.activation) else self.cols
 
 
 @dataclass(frozen=True)
@@ -78,11 +88,11 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     """Random inputs of a case, the same on every device."""
     generator = torch.Generator().manual_seed(case.rows * 1009 + case.cols)
 
-    def matrix(scale: float, mean: float) -> Tensor:
-        width = case.cols + case.gap
+    def matrix(cols: int, scale: float, mean: float) -> Tensor:
+        width = cols + case.gap
         flat = torch.randn(case.offset + case.rows * width, generator=generator) * scale + mean
         whole = flat.to(device, case.dtype)[case.offset :]
-        return whole.view(case.rows, width)[:, : case.cols]
+        return whole.view(case.rows, width)[:, :cols]
 
     def parameter(wanted: bool, scale: float, mean: float) -> Tensor | None:
         # Rounded to z's dtype first, so that eager, all in that dtype, sees the same numbers.
@@ -90,12 +100,12 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
         return values.to(device, case.parameter_dtype or case.dtype) if wanted else None
 
     return Inputs(
-        z=matrix(2.0, 0.5),
+        z=matrix(case.cols, 2.0, 0.5),
         bias=parameter(case.bias, 1.0, 0.0),
         norm_weight=parameter(case.affine and case.norm is not None, 0.3, 1.0),
         norm_bias=parameter(case.affine and case.norm is not None, 0.5, 0.0),
-        residual=matrix(1.0, 0.0) if case.residual else None,
-        dy=matrix(1.0, 0.0),
+        residual=matrix(case.result_cols, 1.0, 0.0) if case.residual else None,
+        dy=matrix(case.result_cols, 1.0, 0.0),
         seed=torch.tensor([0x9E3779B97F4A7C15 - 2**64 + case.cols], device=device),
     )
 
@@ -206,16 +216,24 @@ def check(case: Case, x: Inputs | None = None, device: str = "cpu") -> dict[str,
     return result
 
 
-def matrix_of_cases() -> list[Case]:
+def matrix_of_cases(
+    activations: Sequence[str | None] = (None, *ACTIVATIONS),
+    widths: Sequence[int] = (63, 65, 1, 200),
+) -> list[Case]:
     """Every norm x activation x dtype, with the other properties taken in turn."""
     cases = []
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for norm in ("layer", "rms", None):
-        for activation in (None, *ACTIVATIONS):
+        for activation in activations:
             for dtype in dtypes:
                 i = len(cases)
-                case = Case(5, (63, 65, 1, 200)[i % 4], dtype, norm, activation)
+                case = Case(5, widths[i % len(widths)], dtype, norm, activation)
                 case = replace(case, p=(0.1, 0.0, 0.5)[i // 3 % 3], residual=i % 5 < 2)
                 case = replace(case, wanted=min(i % 13, ALL))
                 cases.append(replace(case, bias=i % 7 < 4, affine=i % 11 < 8))
     return cases
+
+
+def gated_matrix_of_cases() -> list[Case]:
+    """The same for gated activations: halves of 63, 65, 1 and 200 columns."""
+    return matrix_of_cases(tuple(GATED_ACTIVATIONS), (126, 130, 2, 400))

@@ -8,13 +8,14 @@ import pytest
 
 pytest.importorskip("triton", reason="the tuning rules are those of Triton kernels")
 
-from bench.audit import channel_family, row_family
+from bench.audit import channel_family, gated_family, row_family
 from bench.audit.channel_family import Scene
 from bench.audit.family import Family
 from bench.audit.launch import Launch
 from bench.audit.measure import launches_of
 
 ROW = (row_family.FORWARD, row_family.BACKWARD)
+GATED = (gated_family.FORWARD, gated_family.BACKWARD)
 CHANNEL = (channel_family.FORWARD, channel_family.BACKWARD)
 
 
@@ -29,7 +30,7 @@ def constants(family: Family, **different: Any) -> list[dict[str, object]]:
     ]
 
 
-@pytest.mark.parametrize("family", ROW, ids=lambda f: f.name)
+@pytest.mark.parametrize("family", ROW + GATED, ids=lambda f: f.name)
 @pytest.mark.parametrize("width", [200, 4096, 9000])
 def test_number_of_rows_does_not_recompile(family: Family, width: int) -> None:
     one, some, many = (constants(family, width=width, rows=rows) for rows in (1, 17, 4096))
@@ -41,6 +42,35 @@ def test_narrow_accesses_take_half_as_wide_a_tile(fit: str, whole: bool) -> None
     """Regression: at 8192 columns they spilled up to 273 words."""
     names = [launch.name for launch in launches(ROW[1], width=8192, fit=fit, wanted=3)]
     assert ("_row_sums_kernel" not in names) == whole
+
+
+@pytest.mark.parametrize("family", GATED, ids=lambda f: f.name)
+@pytest.mark.parametrize("half, align", [(1000, 8), (1004, 4), (1002, 2), (1001, 1)])
+def test_the_gate_is_as_aligned_as_half_a_row(family: Family, half: int, align: int) -> None:
+    """1004 columns: rows of z are whole 16-byte units of bf16, and the gate begins between two."""
+    gated = [launch for launch in launches(family, width=half) if "gated" in launch.name]
+    assert gated
+    assert all(launch.arguments["ALIGN"] == align for launch in gated)
+
+
+@pytest.mark.parametrize(
+    "wanted, width, whole",
+    [(7, 2048, True), (7, 2049, False), (3, 4096, True), (3, 4097, False), (0, 4096, True)],
+)
+def test_gated_rows_are_whole_where_their_sums_fit(wanted: int, width: int, whole: bool) -> None:
+    """Regression: three sums of 4096 columns spilled up to 132 words on sm_120."""
+    for norm in ("layer", "rms"):
+        names = [
+            launch.name for launch in launches(GATED[1], width=width, wanted=wanted, norm=norm)
+        ]
+        assert ("_gated_sums_kernel" not in names) == whole
+
+
+@pytest.mark.parametrize("fit", ["odd", "offset"])
+def test_narrow_accesses_of_gated_rows_are_fewer_a_thread(fit: str) -> None:
+    """Regression: at eight elements a thread and half, parts of rows spilled up to 37 words."""
+    (launch,) = (la for la in launches(GATED[1], width=16384, fit=fit) if "bwd" in la.name)
+    assert launch.tile == 4 * 32 * launch.options["num_warps"]
 
 
 @pytest.fixture
