@@ -16,6 +16,7 @@ from .cells import is_quick as is_quick_on_cpu
 # than any GPU's cache.
 ROW_COLS = tuple(256 << i for i in range(10))  # to 131072
 ROW_ELEMENTS = 1 << 26
+GATED_COLS = (1024, 4096, 16384)  # of the result; the input has twice as many
 # (M, K, N) of the blocks suite.
 BLOCK_SIZES = (
     *((4096, 1024, 1024), (65536, 256, 256), (16384, 4096, 4096), (65536, 64, 256)),
@@ -42,6 +43,10 @@ def row_cells() -> Iterator[Cell]:
         size = (ROW_ELEMENTS // cols, 0, cols)
         for mode in ("forward", "training"):
             yield Cell("rows", chain, norm, activation, dtype, *size, p, mode)
+    for (norm, chain), cols in product((("", "A-D"), ("rms", "N-A-D")), GATED_COLS):
+        size = (ROW_ELEMENTS // (2 * cols), 0, cols)
+        for mode in ("forward", "training"):
+            yield Cell("rows", chain, norm, "swiglu", "bfloat16", *size, P, mode)
 
 
 def block_cells() -> Iterator[Cell]:
@@ -52,6 +57,9 @@ def block_cells() -> Iterator[Cell]:
         yield Cell("blocks", "3 L-N-A-D", norm, activation, "bfloat16", *size, P, "training")
     for size in BLOCK_SIZES[:4]:
         yield Cell("blocks", "L-N-A-D", "layer", "gelu", "float32", *size, P, "training")
+    for (M, K, width), norm in product(BLOCK_SIZES[:4], ("", "rms")):
+        chain = "L-N-A-D" if norm else "L-A-D"
+        yield Cell("blocks", chain, norm, "swiglu", "bfloat16", M, K, width // 2, P, "training")
 
 
 def image_cells() -> Iterator[Cell]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fused.spec import gated_name
+
 from .harness import Row
 from .tables import (
     ABSENT,
@@ -24,13 +26,16 @@ from .tables import (
 
 # Tensors of the input's size that cannot but be read or written once.
 TENSORS = {"forward": 2, "backward": 3}
+# Of the size of a gated activation's result: its input has twice as many features.
+GATED_TENSORS = {"forward": 3, "backward": 5}
 PEERS = BASELINES[3:]
 
 
 def bandwidth(r: Row) -> float:
     """GB/s of the tensors that have to be moved, by the median time."""
     size = r.M * r.N * getattr(torch, r.dtype).itemsize
-    return TENSORS[r.mode] * size / r.median_us / 1e3
+    tensors = GATED_TENSORS if gated_name(r.activation) else TENSORS
+    return tensors[r.mode] * size / r.median_us / 1e3
 
 
 def _bandwidths(rows: Sequence[Row], provider: str) -> str:
@@ -57,9 +62,10 @@ def rows_summary(rows: Sequence[Row]) -> str:
             line += [ratios(select(of_mode, provider=b)) for b in BASELINES[:2]]
         lines.append([*line, kept(own)])
     about = (
-        "GB/s: of the tensors that have to be moved (forward two, backward three) over the median"
-        " time; the measured copy moves two as well. Speed-up over eager and torch.compile."
-        " Bytes kept: for backward, an element, besides the input: eager → fused."
+        "GB/s: of the tensors that have to be moved (forward two, backward three; of a gated result"
+        " three and five) over the median time; the measured copy moves two as well. Speed-up over"
+        " eager and torch.compile. Bytes kept: for backward, an element, besides the input: eager →"
+        " fused."
     )
     return f"{about}\n\n{table(header, lines)}\n\n{losing_text(rows)}"
 

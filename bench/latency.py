@@ -28,22 +28,30 @@ BLOCKS: dict[str, str | None] = {
     "batch": "batch last",
     "group": "group held rows",
     "instance": "instance held last",
+    "rms, swiglu": None,
 }
 DOCUMENT = ROOT / "docs" / "audit.md"
+
+
+def split(name: str) -> tuple[str | None, str | None]:
+    """The norm and the gated activation, if there is one."""
+    norm, _, gate = name.partition(", ")
+    return None if norm == "none" else norm, gate or None
 
 
 def compile_block(name: str, target: str) -> dict[str, Any]:
     """Compiles a block's kernels by Triton's own cache; the seconds, and the kernels' names."""
     import triton
 
-    from .audit import channel_family, row_family
+    from .audit import channel_family, gated_family, row_family
     from .audit.family import without_memory
     from .audit.launch import captured
     from .audit.targets import TARGETS
 
     scene = BLOCKS[name]
-    families: Any = channel_family if scene else row_family
-    different: dict[str, Any] = {"norm": None if name == "none" else name}
+    norm, gate = split(name)
+    families: Any = channel_family if scene else gated_family if gate else row_family
+    different: dict[str, Any] = {"norm": norm}
     if scene:
         different = {"scene": scene, "dropout": "elements"}
     elif name == "none":
@@ -66,11 +74,10 @@ def step_block(name: str) -> dict[str, Any]:
 
     import fused
 
-    options = {"num_groups": 32} if name == "group" else {}
-    norm = None if name == "none" else name
-    block = fused.LinearNormAct(
-        1024, 1024, norm=norm, activation="gelu", dropout=0.1, device="cuda", **options
-    ).bfloat16()
+    norm, gate = split(name)
+    options: dict[str, Any] = {"num_groups": 32} if norm == "group" else {}
+    options |= {"activation": gate or "gelu", "dropout": 0.1, "device": "cuda"}
+    block = fused.LinearNormAct(1024, 1024, norm=norm, **options).bfloat16()
     shape = (64, 196, 1024) if name in ("group", "instance") else (4096, 1024)
     x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     block.linear(x).sum().backward()  # what torch and cuBLAS make ready is not ours

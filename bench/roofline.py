@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
+from fused.spec import gated_name
+
 from .gpu_pictures import LINES
 from .gpu_tables import bandwidth
 from .harness import Row
@@ -39,7 +41,7 @@ def least_bytes(r: Row) -> float:
 
 def ceilings(blocks: Sequence[Row], rows: Sequence[Row], dtype: str) -> tuple[float, float] | None:
     """(bytes a second, FLOP a second) as measured; None where one was not."""
-    products = select(blocks, provider="gemms", dtype=dtype)
+    products = select(_steps(blocks), provider="gemms", dtype=dtype)
     copies = select(rows, provider="copy_", mode="forward", machine=blocks[0].machine)
     if not products or not copies:
         return None
@@ -50,8 +52,9 @@ def ceilings(blocks: Sequence[Row], rows: Sequence[Row], dtype: str) -> tuple[fl
 
 
 def _steps(blocks: Sequence[Row]) -> list[Row]:
-    """Single blocks: what a network's steps add up to says less."""
-    return select(blocks, chain="L-N-A-D", mode="training")
+    """Single blocks: what a network's steps add up to says less; without gates, for one formula."""
+    found = select(blocks, chain="L-N-A-D", mode="training")
+    return [r for r in found if not gated_name(r.activation)]
 
 
 def share(r: Row, limits: tuple[float, float]) -> float:

@@ -22,7 +22,7 @@ print([name for name in sys.modules if name.startswith(("fused.kernels.row", "tr
 
 
 @pytest.mark.usefixtures("bench_harness")
-@pytest.mark.parametrize("name, least", [("none", 3), ("group", 3)])
+@pytest.mark.parametrize("name, least", [("none", 3), ("rms, swiglu", 3)])
 def test_the_second_process_compiles_nothing(name: str, least: int, tmp_path: Path) -> None:
     from bench import latency
 
