@@ -215,6 +215,8 @@ class ChannelChain(Chain):
             return False
         # The mask must be laid as run_channel lays it: in memory order.
         plain = x.is_contiguous() and (rank == 2 or x.shape[2:].numel() > 1)
+        if self.gated and rank != 2:
+            return False
         if codes[5] and (self.drops_channels or not plain):
             return False
         elements = x.numel()

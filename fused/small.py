@@ -17,26 +17,27 @@ from . import reference
 from .autograd import Codes
 from .backend import request
 from .running import ChannelNorm
-from .spec import ACTIVATION_CODES, ACTIVATION_NAMES, is_gated
+from .spec import ACTIVATION_CODES, ACTIVATION_NAMES, GATED_CODES
 
 _FAST = (None, "relu", "relu6", "leaky_relu", "sigmoid", "silu", "hardswish")
 _FAIR = ("elu", "selu", "gelu_tanh", "mish", "tanh", "softplus")
-# By the activation's code; 0 where the kernel always serves, as it does gated ones.
-LIMITS = [0] * len(ACTIVATION_CODES)
+# By the activation's code; 0 where the kernel always serves, as it does behind a norm for all gates
+# but glu, which is one operator in torch.
+LIMITS = [0] * (len(ACTIVATION_CODES) + len(GATED_CODES))
 for _name in _FAST:
     LIMITS[ACTIVATION_CODES[_name]] = 1 << 14
 for _name in _FAIR:
     LIMITS[ACTIVATION_CODES[_name]] = 1 << 11
+LIMITS[GATED_CODES["glu"]] = 1 << 13
 # Without a norm the kernel saves less: one pass over the output. (Linear → ReLU, forward and
-# backward, 256 × 256 float32: 0.77 of eager's speed by the kernel, 0.93 so; level at 512 × 1024;
-# November 2026.)
-_WITHOUT_NORM = 32
+# backward, 256 × 256 float32: 0.77 of eager's speed by the kernel, 0.93 so; level at 512 × 1024.
+# Linear → gate, 64 × 128: 0.74 for glu, 0.87 to 0.89 for the others, 0.94 to 0.96 so; level between
+# 32768 and 262144 elements. November 2026.)
+WITHOUT_NORM = [32 * limit for limit in LIMITS]
+for _name, _limit in {"swiglu": 1 << 15, "geglu": 1 << 15, "reglu": 1 << 16}.items():
+    WITHOUT_NORM[GATED_CODES[_name]] = _limit
 _RMS = 2
 _INFERENCE_LIMIT = 1 << 12
-
-
-def _limit(codes: Codes) -> int:
-    return -1 if is_gated(codes[2]) else LIMITS[codes[2]]
 
 
 def is_small(elements: int, z: Tensor, codes: Codes) -> bool:
@@ -46,9 +47,8 @@ def is_small(elements: int, z: Tensor, codes: Codes) -> bool:
     backend by its name gets it. Not to be asked while compiling: the sizes would become guards, and
     the compiler cannot read the request.
     """
-    limit = _limit(codes)
     return (
-        elements <= (limit if codes[0] else limit * _WITHOUT_NORM)
+        elements <= (LIMITS if codes[0] else WITHOUT_NORM)[codes[2]]
         and not codes[5]
         and codes[0] != _RMS
         and z.is_cpu
@@ -68,7 +68,7 @@ def is_small_channel(elements: int, z: Tensor, norm: ChannelNorm, codes: Codes) 
     """
     return (
         norm.name is not None
-        and elements <= _limit(codes)
+        and elements <= LIMITS[codes[2]]
         and norm.virtual_batch_size is None
         and not norm.across
         and (norm.momentum is not None or norm.running_mean is None)

@@ -35,7 +35,8 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _kernels_at_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests use small tensors and mean the kernels; test_small.py means small.py."""
-    monkeypatch.setattr(small, "LIMITS", [0] * len(small.LIMITS))
+    for limits in ("LIMITS", "WITHOUT_NORM"):
+        monkeypatch.setattr(small, limits, [0] * len(getattr(small, limits)))
 
 
 @pytest.fixture(params=ISAS)

@@ -11,15 +11,21 @@ from torch import nn
 
 import fused
 from fused import ops, small
-from fused.spec import ACTIVATION_CODES
+from fused.spec import ACTIVATION_CODES, GATED_ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("cpp")
-LIMITS = list(small.LIMITS)  # before the fixture of every test takes them away
+# Before the fixture of every test takes them away.
+LIMITS, WITHOUT_NORM = list(small.LIMITS), list(small.WITHOUT_NORM)
+
+
+def take_small_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small, "LIMITS", LIMITS)
+    monkeypatch.setattr(small, "WITHOUT_NORM", WITHOUT_NORM)
 
 
 @pytest.fixture
 def small_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(small, "LIMITS", LIMITS)
+    take_small_path(monkeypatch)
 
 
 def results(block: fused.LinearNormAct, x: torch.Tensor, residual: torch.Tensor) -> list:
@@ -30,14 +36,14 @@ def results(block: fused.LinearNormAct, x: torch.Tensor, residual: torch.Tensor)
 
 
 @pytest.mark.parametrize("norm", [None, "layer", "rms"])
-@pytest.mark.parametrize("activation", EVERY_ACTIVATION)
+@pytest.mark.parametrize("activation", [*EVERY_ACTIVATION, *GATED_ACTIVATIONS])
 def test_gives_what_the_kernels_give(
     activation: str | None, norm: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block = fused.LinearNormAct(8, 16, norm=norm, activation=activation)
     x, residual = torch.randn(4, 8), torch.randn(4, 16)
     kernel = results(block, x, residual)
-    monkeypatch.setattr(small, "LIMITS", LIMITS)
+    take_small_path(monkeypatch)
     for ours, expected in zip(results(block, x, residual), kernel, strict=True):
         torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
 
@@ -105,6 +111,10 @@ NETS = {
     "instance": ([nn.InstanceNorm1d(8, affine=True, track_running_stats=True)], (3, 8, 5)),
     "instance of one": ([nn.InstanceNorm1d(8)], (8, 5)),
     "one position": ([nn.BatchNorm2d(8), nn.ReLU()], (6, 8, 1, 1)),
+    "gate": ([nn.Linear(5, 8), nn.LayerNorm(8), nn.GLU()], (6, 5)),
+    "gate without a norm": ([nn.Linear(5, 8), fused.nn.ReGLU()], (6, 5)),
+    "gate behind batch": ([nn.BatchNorm1d(8), nn.GLU()], (6, 8)),
+    "gate of channels": ([nn.BatchNorm2d(8), fused.nn.SwiGLU(1)], (3, 8, 5, 4)),
     "channels-last": ([nn.BatchNorm2d(8), nn.ReLU()], (3, 8, 5, 4)),
 }
 
@@ -131,6 +141,6 @@ def test_channels_give_what_the_kernels_give(
         return [y, *torch.autograd.grad(y.sin().sum(), inputs), *net.buffers()]
 
     expected = run(kernel)
-    monkeypatch.setattr(small, "LIMITS", LIMITS)
+    take_small_path(monkeypatch)
     for found, right in zip(run(ours), expected, strict=True):
         torch.testing.assert_close(found, right, rtol=2e-5, atol=2e-5)
