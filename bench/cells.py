@@ -140,6 +140,8 @@ def norm_cells() -> Iterator[Cell]:
         if (norm, activation) != GATED_PAIRS[0] and (rows, cols) not in NORM_SIZES[1:3]:
             continue
         for p, mode in product((P, 0.0), ("forward", "training")):
+            if (norm, activation, p) == ("", "glu", 0.0):
+                continue  # nn.GLU by itself, which is left to torch
             chain, size = _chain(0, norm, activation, p), (rows, 0, cols // 2)
             yield Cell("norm", chain, norm, activation, dtype, *size, p, mode)
 
