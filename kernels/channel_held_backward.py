@@ -137,5 +137,6 @@ def held_backward(
             RUN=tile.run,
             STAGES=problem.stages(tile),
             num_warps=tile.num_warps,
+            **channel_tuning.held_backward_options(tile, device),
         )
     return partial

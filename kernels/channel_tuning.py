@@ -281,6 +281,16 @@ def held_programs(samples: int, group_blocks: int, tile: GroupTile, device: Devi
     return max(1, min(samples, device.processors * resident // group_blocks))
 
 
+def held_backward_options(tile: GroupTile, device: Device) -> dict[str, int]:
+    """Registers a thread of the held backward may have, at 8 elements a thread.
+
+    static: left alone, two of 45 binaries stop at 64 and 80 registers by putting a word aside.
+    """
+    threads = tile.num_warps * device.warp_size
+    few = tile.units * tile.run <= 8 * threads
+    return {"maxnreg": 128} if device.arch and few else {}
+
+
 def stages(elements: int, wide: bool) -> int:
     """2 where the next tile can be fetched while one is computed (tuning.backward_stages), else 1.
 

@@ -25,7 +25,6 @@ from .exceptions import (
     NARROW_STORES,
     READINGS,
     ROW_SHARED,
-    SPILLS,
     SPILLS_OF_VERSION,
     WALKS,
 )
@@ -42,15 +41,13 @@ def _count(widths: dict[str, int], wanted: Iterable[str]) -> int:
 
 
 def spills(report: Report) -> list[str]:
-    """In a loop there is no exception but that of a version of Triton."""
+    """There is no exception but that of a version of Triton."""
     found = []
     every = SPILLS_OF_VERSION.get(report.triton)
+    allowed = 0 if every is None else every.limit
     for m in report.binaries:
         total, inside = m.binary.spills, m.binary.body_spills
-        if every is not None and total <= every.limit:
-            continue
-        allowed = SPILLS[m.kernel].limit if m.kernel in SPILLS else 0
-        if total > allowed or inside:
+        if total > allowed:
             found.append(f"{m}: {total} spilled words or bytes of stack, {inside} in the body")
     return found
 

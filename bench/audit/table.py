@@ -123,10 +123,6 @@ def markdown_of_exceptions() -> str:
         for kernel, (limit, reason) in (exceptions.CONVERSIONS | exceptions.WALKS).items()
     ]
     lines += [
-        [f"`{kernel}`", f"{limit} spilled words and bytes, none of them in a loop", reason]
-        for kernel, (limit, reason) in exceptions.SPILLS.items()
-    ]
-    lines += [
         [f"triton {version}", f"{limit} spilled words and bytes", reason]
         for version, (limit, reason) in exceptions.SPILLS_OF_VERSION.items()
     ]
