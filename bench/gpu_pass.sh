@@ -90,7 +90,7 @@ case "$piece" in
   check)
     "$python" -m fused doctor --json >"$out/doctor.json" || status=1
     test_on_gpu || status=1
-    timeout 60 "$python" -m bench.latency --device cuda | tee "$out/latency.md" || status=1
+    timeout 60 "$python" -m bench.latency layer batch --device cuda | tee "$out/latency.md" || status=1
     sanitize memcheck || status=1
     sanitize racecheck || status=1
     ;;

@@ -109,6 +109,7 @@ def line(name: str, cold: dict[str, Any], warm: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.latency", description=__doc__)
+    parser.add_argument("blocks", nargs="*", help=f"of {'; '.join(BLOCKS)} (default: all)")
     parser.add_argument("--target", default="sm_90", help="the GPU that is compiled for")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", choices=tuple(BLOCKS), help="this block, in this process")
@@ -128,8 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "| norm | empty cache, s | Triton's cache, s | kernels |",
         "|---|---|---|---|",
     ]
+    unknown = [name for name in given.blocks if name not in BLOCKS]
+    if unknown:
+        parser.error(f"unknown block {unknown[0]!r}; known: {'; '.join(BLOCKS)}")
     print("\n".join(rows))
-    for name in BLOCKS:
+    for name in given.blocks or BLOCKS:
         with tempfile.TemporaryDirectory() as cache:
             cold = in_new_process(name, given, cache)
             warm = in_new_process(name, given, cache)
