@@ -8,7 +8,15 @@ import pytest
 import torch
 from cases import DTYPES, NORMS, Inputs, run_operator, run_reference
 from gated_cases import GATED, make_gated_epilogue, make_gated_inputs
-from test_row import ADVERSARIAL, BREAKPOINTS, SPECIAL, adversarial, check
+from test_row import (
+    ADVERSARIAL,
+    BREAKPOINTS,
+    SPECIAL,
+    adversarial,
+    check,
+    check_wider_parameters,
+    with_present,
+)
 from tolerances import FLOOR, assert_close
 
 from fused import ops, random, reference
@@ -45,10 +53,7 @@ def test_every_shape(shape: tuple[int, int], norm: str | None, dtype: torch.dtyp
 @pytest.mark.parametrize("norm", NORMS)
 def test_absent_parameters(norm: str | None, present: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        inputs = make_gated_inputs(9, 40, dtype, norm)
-        for bit, name in enumerate(("bias", "norm_weight", "norm_bias", "residual")):
-            if not present >> bit & 1:
-                setattr(inputs, name, None)
+        inputs = with_present(make_gated_inputs(9, 40, dtype, norm), present)
         check(inputs, make_gated_epilogue(norm, "glu", 0.2))
 
 
@@ -57,13 +62,7 @@ def test_absent_parameters(norm: str | None, present: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_wider_parameters(dtype: torch.dtype, parameter: torch.dtype) -> None:
     inputs = make_gated_inputs(33, 35, dtype, residual=False, bias=False)
-    narrow = run_operator(inputs, make_gated_epilogue("layer", "geglu", 0.1))
-    inputs.norm_weight = inputs.norm_weight.to(parameter)
-    inputs.norm_bias = inputs.norm_bias.to(parameter)
-    wide = run_operator(inputs, make_gated_epilogue("layer", "geglu", 0.1))
-    assert wide["dnorm_weight"].dtype == parameter
-    for name in narrow:
-        assert torch.equal(narrow[name], wide[name].to(dtype))
+    check_wider_parameters(inputs, make_gated_epilogue("layer", "geglu", 0.1), parameter)
 
 
 @pytest.mark.usefixtures("isa")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import DTYPES, NORMS, Inputs, run_operator
 from gated_cases import make_gated_epilogue, make_gated_inputs
-from test_row import rows_that_stream
+from test_row import check_streams_alike, rows_that_stream
 
 from fused import backend, ops
 
@@ -70,25 +70,8 @@ def test_streaming_stores_give_the_same(dtype: torch.dtype, norm: str | None, ha
 
     With N = 1000 rows of dz are aligned for it, but not their halves, nor rows of y.
     """
-    block = 512
-    rows = rows_that_stream(half, dtype)
-    inputs = make_gated_inputs(rows, half, dtype, norm)
-    codes = make_gated_epilogue(norm, "reglu").codes
-
-    def run(start: int, end: int) -> tuple[torch.Tensor, ...]:
-        z, dy, residual = (t[start:end] for t in (inputs.z, inputs.dy, inputs.residual))
-        y, statistics = ops.row_forward(z, *inputs.parameters, residual, None, *codes)
-        dz = ops.row_backward(dy, z, *inputs.parameters, statistics, None, 0, *codes)[0]
-        return y, dz, statistics.T
-
-    whole = run(0, rows)
-    assert all(t.data_ptr() % 64 == 0 for t in whole[:2])  # else they would not stream
-    for start in range(0, rows, block):
-        end = min(start + block, rows)
-        for name, streamed, ordinary in zip(
-            ("y", "dz", "statistics"), whole, run(start, end), strict=True
-        ):
-            assert torch.equal(streamed[start:end], ordinary), (name, start)
+    inputs = make_gated_inputs(rows_that_stream(half, dtype), half, dtype, norm)
+    check_streams_alike(inputs, make_gated_epilogue(norm, "reglu"))
 
 
 @pytest.mark.slow
