@@ -9,7 +9,6 @@ namespace fused {
 struct Kernels {
   const char* name;
   const RowKernels& row;
-  const GatedKernels& gated;
   const ChannelKernels& channel;
 };
 

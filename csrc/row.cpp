@@ -73,12 +73,8 @@ int64_t output_cols(const Tensor& z, int64_t activation) {
 
 // ---- forward ----
 
-void run_forward(const RowForward& problem, int64_t rows, Storage storage_, int64_t activation) {
-  const int storage = static_cast<int>(storage_);
-  const Kernels& kernels = active_kernels();
-  const ForwardKernel kernel = is_gated(activation)
-                                   ? kernels.gated.forward[storage][activation - kFirstGated]
-                                   : kernels.row.forward[storage][activation];
+void run_forward(const RowForward& problem, int64_t rows, Storage storage, int64_t activation) {
+  const ForwardKernel kernel = active_kernels().row.forward[static_cast<int>(storage)][activation];
   const size_t scratch = sizeof(double) * forward_scratch(problem.cols);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, problem.cols));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
@@ -241,11 +237,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
     problem.dz = dz.data_ptr();
     // Without a norm the halves of dz are stored as they come, else whole rows by a second pass.
     problem.streaming = worth_streaming(dz, normed ? cols : dy_cols);
-    const Kernels& kernels = active_kernels();
     const BackwardKernel kernel =
-        is_gated(activation)
-            ? kernels.gated.backward[static_cast<int>(storage)][activation - kFirstGated]
-            : kernels.row.backward[static_cast<int>(storage)][activation];
+        active_kernels().row.backward[static_cast<int>(storage)][activation];
     const size_t scratch = sizeof(double) * backward_scratch(cols);
     const int64_t grain = std::max<int64_t>(1, kGrain / (per_chunk * cols));
     torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {

@@ -28,6 +28,7 @@ import torch
 from . import cuda_library
 from . import ops as _ops
 from .launchers import TRITON, Launchers
+from .spec import ACTIVATION_NAMES, FIRST_GATED
 
 BACKENDS = ("auto", "triton", "cuda", "cpp", "reference")
 _DTYPES = {
@@ -65,6 +66,9 @@ def _load_extension() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the C++ extension does not load ({first}); {_REBUILD}"
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     missing = [name for name in _ops.OPERATORS if not has(f"fused_lnad::{name}", "CPU")]
+    codes = getattr(library, "fused_activation_codes", None)  # older ones do not have it
+    known = codes() if codes else FIRST_GATED
+    missing += [str(name) for code, name in ACTIVATION_NAMES.items() if code >= known]
     if missing:
         lacks = ", ".join(missing)
         return None, f"the C++ extension is older than the Python code (no {lacks}); {_REBUILD}"

@@ -237,6 +237,15 @@ def test_extension_of_older_sources(package: Path) -> None:
 
 
 @needs_extension
+def test_extension_without_an_activation(package: Path) -> None:
+    shutil.copy(EXTENSION, package)
+    with (package / "spec.py").open("a") as file:
+        file.write('ACTIVATION_NAMES[max(ACTIVATION_NAMES) + 1] = "new_glu"\n')
+    report = probe(PYTHONPATH=str(package.parent))
+    assert_one_warning_per_dtype(report, "is older than the Python code (no new_glu); install")
+
+
+@needs_extension
 def test_unknown_instruction_set_is_said_and_ignored() -> None:
     report = probe(FUSED_CPU_ISA="sse9")
     assert report["isa"] in ("avx512", "avx2", "portable")

@@ -10,8 +10,9 @@ enum class Norm : int { none = 0, layer = 1, rms = 2, batch = 3, group = 4, inst
 constexpr int kActivations = 16;
 // a·gate(b) of the halves (a, b) of a row: codes of their own, after those of the activations.
 constexpr int kFirstGated = kActivations, kGatedActivations = 5;
+constexpr int kActivationCodes = kFirstGated + kGatedActivations;
 constexpr bool is_gated(int64_t activation) {
-  return activation >= kFirstGated && activation < kFirstGated + kGatedActivations;
+  return activation >= kFirstGated && activation < kActivationCodes;
 }
 
 enum class Storage : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };

@@ -3,9 +3,6 @@
 
 namespace fused {
 
-const GatedKernels& gated_kernels_avx2() {
-  static const GatedKernels kernels = avx2::make_gated_kernels();
-  return kernels;
-}
+void add_gated_avx2(RowKernels& kernels) { avx2::add_gated_kernels(kernels); }
 
 }  // namespace fused

@@ -3,9 +3,6 @@
 
 namespace fused {
 
-const GatedKernels& gated_kernels_avx512() {
-  static const GatedKernels kernels = avx512::make_gated_kernels();
-  return kernels;
-}
+void add_gated_avx512(RowKernels& kernels) { avx512::add_gated_kernels(kernels); }
 
 }  // namespace fused

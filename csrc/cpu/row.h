@@ -69,24 +69,20 @@ constexpr int64_t forward_scratch(int64_t cols) {
 // bench/costs.py's measure; AMD EPYC 9004, November 2026.)
 constexpr int64_t backward_scratch(int64_t cols) { return cols; }
 
+// Of a gated activation z, dz and the parameters have `cols` columns, an even number; residual, y
+// and dy have cols / 2, and y is not z.
 struct RowKernels {
-  ForwardKernel forward[kStorages][kActivations];
-  BackwardKernel backward[kStorages][kActivations];
+  ForwardKernel forward[kStorages][kActivationCodes];
+  BackwardKernel backward[kStorages][kActivationCodes];
 };
 
 const RowKernels& row_kernels_portable();
 const RowKernels& row_kernels_avx2();
 const RowKernels& row_kernels_avx512();
 
-// Of the gated activations, from kFirstGated on: z, dz and the parameters have `cols` columns,
-// residual, y and dy have cols / 2. cols is even; y is not z.
-struct GatedKernels {
-  ForwardKernel forward[kStorages][kGatedActivations];
-  BackwardKernel backward[kStorages][kGatedActivations];
-};
-
-const GatedKernels& gated_kernels_portable();
-const GatedKernels& gated_kernels_avx2();
-const GatedKernels& gated_kernels_avx512();
+// Fill in those of the gated activations, which are compiled by themselves.
+void add_gated_portable(RowKernels& kernels);
+void add_gated_avx2(RowKernels& kernels);
+void add_gated_avx512(RowKernels& kernels);
 
 }  // namespace fused

@@ -4,7 +4,11 @@
 namespace fused {
 
 const RowKernels& row_kernels_portable() {
-  static const RowKernels kernels = portable::make_row_kernels();
+  static const RowKernels kernels = [] {
+    RowKernels made = portable::make_row_kernels();
+    add_gated_portable(made);
+    return made;
+  }();
   return kernels;
 }
 
