@@ -3,12 +3,13 @@
 #
 #     bench/gpu_pass.sh PIECE [--out DIR]        DIR: default .cache/gpu
 #
-#     check    install, doctor, the tests marked gpu, the first call's latency, compute-sanitizer
+#     check    install, doctor, the tests marked gpu, compute-sanitizer on a small set of them
 #     rows     norm → activation (→ dropout) along rows: bandwidth beside a copy
 #     blocks   training steps of Linear blocks and networks, beside eager and torch.compile
 #     images   norms over samples or positions, contiguous and channels-last
 #     peers    the norm alone beside Liger, QuACK and flash-attn, as far as they can be imported
-#     tune     python -m fused tune: tiles against their neighbours, Linears as one kernel or two
+#     tune     the first call's latency; python -m fused tune: tiles against their neighbours,
+#              Linears as one kernel or two
 #
 # Works offline: wheels of peers that are unpacked in .cache/peers are found. CSV files, the tests'
 # reports and logs go to DIR; `python -m bench report --out DIR` makes tables and pictures of them.
@@ -24,7 +25,7 @@ python=${PYTHON:-python3}
 case "$piece" in
   check | rows | blocks | images | peers | tune) ;;
   *)
-    sed -n '2,13s/^# \{0,1\}//p' "$0"
+    sed -n '2,16s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac
@@ -54,7 +55,7 @@ test_on_gpu() {
   shards=$(nproc)
   [ "$shards" -gt 8 ] && shards=8
   for ((i = 0; i < shards; i++)); do
-    PYTHONSAFEPATH=1 FUSED_TEST_SHARD=$i/$shards timeout 360 "$python" -m pytest -q -m gpu tests \
+    PYTHONSAFEPATH=1 FUSED_TEST_SHARD=$i/$shards timeout 330 "$python" -m pytest -q -m gpu tests \
       -p no:cacheprovider --junitxml "$out/gpu-tests-$i.xml" >"$out/gpu-tests-$i.log" 2>&1 &
     pids+=($!)
   done
@@ -88,14 +89,14 @@ sanitize() {
 status=0
 case "$piece" in
   check)
-    "$python" -m fused doctor --json >"$out/doctor.json" || status=1
+    timeout 75 "$python" -m fused doctor --json >"$out/doctor.json" || status=1
     test_on_gpu || status=1
-    timeout 60 "$python" -m bench.latency layer batch --device cuda | tee "$out/latency.md" || status=1
     sanitize memcheck || status=1
     sanitize racecheck || status=1
     ;;
   tune)
-    "$python" -m fused tune --out "$out/tuning.json" --max-seconds 480 || status=1
+    timeout 80 "$python" -m bench.latency layer batch --device cuda | tee "$out/latency.md" || status=1
+    "$python" -m fused tune --out "$out/tuning.json" --max-seconds 450 || status=1
     ;;
   peers)
     "$python" -c 'from bench.peers import missing_peers

@@ -129,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "| norm | empty cache, s | Triton's cache, s | kernels |",
         "|---|---|---|---|",
     ]
+    if given.write and given.blocks:
+        parser.error("--write is of all blocks")
     unknown = [name for name in given.blocks if name not in BLOCKS]
     if unknown:
         parser.error(f"unknown block {unknown[0]!r}; known: {'; '.join(BLOCKS)}")
