@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from fused.spec import gated_name
+from fused.spec import GATED_ACTIVATIONS
 
 LETTERS = {"L": "Linear", "N": "norm", "A": "activation", "D": "dropout"}
 CHANNEL_NORMS = ("batch", "group", "instance")
@@ -60,7 +60,7 @@ class Cell:
 
     @property
     def gated(self) -> bool:
-        return gated_name(self.activation)
+        return self.activation in GATED_ACTIVATIONS
 
     @property
     def width(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fused.spec import gated_name
+from fused.spec import GATED_ACTIVATIONS
 
 from .harness import Row
 from .tables import (
@@ -34,7 +34,7 @@ PEERS = BASELINES[3:]
 def bandwidth(r: Row) -> float:
     """GB/s of the tensors that have to be moved, by the median time."""
     size = r.M * r.N * getattr(torch, r.dtype).itemsize
-    tensors = GATED_TENSORS if gated_name(r.activation) else TENSORS
+    tensors = GATED_TENSORS if r.activation in GATED_ACTIVATIONS else TENSORS
     return tensors[r.mode] * size / r.median_us / 1e3
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
-from fused.spec import gated_name
+from fused.spec import GATED_ACTIVATIONS
 
 from .gpu_pictures import LINES
 from .gpu_tables import bandwidth
@@ -54,7 +54,7 @@ def ceilings(blocks: Sequence[Row], rows: Sequence[Row], dtype: str) -> tuple[fl
 def _steps(blocks: Sequence[Row]) -> list[Row]:
     """Single blocks: what a network's steps add up to says less; without gates, for one formula."""
     found = select(blocks, chain="L-N-A-D", mode="training")
-    return [r for r in found if not gated_name(r.activation)]
+    return [r for r in found if r.activation not in GATED_ACTIVATIONS]
 
 
 def share(r: Row, limits: tuple[float, float]) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any
 
-from fused.spec import gated_name
+from fused.spec import GATED_ACTIVATIONS
 
 from .cells import LAYOUTS, LINEAR_SIZES, NORM_SIZES, NUM_GROUPS, P
 from .harness import Row
@@ -101,7 +101,7 @@ def norm_summary(rows: Sequence[Row]) -> str:
     header = ["rows × features", "dtype", "dropout", "forward / eager", "/ compile"]
     header += ["share of `copy_`", "forward + backward / eager", "/ compile"]
     header += ["backward: share of add", "bytes kept"]
-    lines, plain = [], [r for r in rows if not gated_name(r.activation)]
+    lines, plain = [], [r for r in rows if r.activation not in GATED_ACTIVATIONS]
     for M, N in NORM_SIZES:
         for dtype in dict.fromkeys(r.dtype for r in plain):
             for p in (P, 0.0):
@@ -124,7 +124,7 @@ def norm_summary(rows: Sequence[Row]) -> str:
 
 def gated_summary(rows: Sequence[Row]) -> list[str]:
     """A line per norm, gated activation, size and dtype; nothing where none was measured."""
-    gated = [r for r in rows if gated_name(r.activation)]
+    gated = [r for r in rows if r.activation in GATED_ACTIVATIONS]
     columns = [(p, mode) for p in (P, 0.0) for mode in ("forward", "inference", "training")]
     columns = [(p, mode) for p, mode in columns if select(gated, p=p, mode=mode)]
     header = ["norm, activation", "size", "dtype", *(f"{mode}, p={p:g}" for p, mode in columns)]
@@ -158,7 +158,7 @@ LINEAR_COLUMNS: tuple[tuple[str, dict[str, Any]], ...] = (
 def linear_summary(rows: Sequence[Row]) -> str:
     """A line per size and dtype; speed-up over eager / compile / share of the GEMMs alone."""
     header = ["M × K × N", "dtype", *(title for title, _ in LINEAR_COLUMNS), "bytes kept"]
-    lines, plain = [], [r for r in rows if not gated_name(r.activation)]
+    lines, plain = [], [r for r in rows if r.activation not in GATED_ACTIVATIONS]
     for M, K, N in LINEAR_SIZES:
         for dtype in dict.fromkeys(r.dtype for r in plain):
             own = select(plain, M=M, K=K, N=N, dtype=dtype)

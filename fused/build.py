@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .gated import GATED_MODULES, GeGLU
+from .gated import make_gate
 from .guard import ReLUSquared
 from .norms import BatchNorm, ChannelDropout, GroupNorm, InstanceNorm
 from .spec import ACTIVATIONS, GATED_ACTIVATIONS, NORM_CODES, ROW_NORMS, activation_parameters
@@ -28,9 +28,7 @@ def make_activation(
     if activation == "gelu_tanh":
         return nn.GELU(approximate="tanh")
     if activation in GATED_ACTIVATIONS:
-        if activation == "geglu_tanh":
-            return GeGLU(dim, approximate="tanh")
-        return next(kind for kind, name in GATED_MODULES.items() if name == activation)(dim)
+        return make_gate(activation, dim)
     module = ACTIVATIONS[activation].module
     assert module is not None
     return module(**parameters)

@@ -9,6 +9,9 @@ the dropout (channel.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 
 from . import reference
@@ -113,9 +116,19 @@ class ReGLU(_Gated):
     activation = "reglu"
 
 
+# GeGLU is also geglu_tanh, by its `approximate`.
 GATED_MODULES: dict[type, str] = {
     nn.GLU: "glu",
     SwiGLU: "swiglu",
     GeGLU: "geglu",
     ReGLU: "reglu",
 }
+_MAKERS: dict[str, Callable[[int], nn.Module]] = {
+    **{name: kind for kind, name in GATED_MODULES.items()},
+    "geglu_tanh": partial(GeGLU, approximate="tanh"),
+}
+
+
+def make_gate(name: str, dim: int) -> nn.Module:
+    """The module of a gated activation."""
+    return _MAKERS[name](dim)

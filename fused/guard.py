@@ -16,12 +16,16 @@ from torch.nn.modules import module as _module
 
 from .gated import GATED_MODULES, GeGLU
 from .norms import NORM_CLASSES, ChannelDropout
-from .spec import ACTIVATIONS, is_nan
+from .spec import ACTIVATIONS, is_nan, known_parameters
 
 LINEAR, NORM, ACTIVATION, DROPOUT = range(4)
 PLAIN_TENSORS = (nn.Parameter, Tensor)
 _NO_PARAMETERS: tuple[tuple[str, float], ...] = ()
-_GELU_NAMES = {"none": "gelu", "tanh": "gelu_tanh"}
+# Of the modules that have two activations, by their `approximate`.
+_BY_APPROXIMATE: dict[type, dict[str, str]] = {
+    nn.GELU: {"none": "gelu", "tanh": "gelu_tanh"},
+    GeGLU: {"none": "geglu", "tanh": "geglu_tanh"},
+}
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -35,7 +39,7 @@ class ReLUSquared(nn.Module):
         return torch.relu(x).square()
 
 
-# The torch module of each activation → its name; GELU decides by its `approximate`.
+# The module of each activation → its name, or one of its names.
 _ACTIVATION_OF: dict[type, str] = {
     **{a.module: name for name, a in ACTIVATIONS.items() if a.module is not None},
     ReLUSquared: "relu_squared",
@@ -67,18 +71,13 @@ def _own_forward(kind: Any) -> Any:
 FORWARD_OF: dict[type, Any] = {kind: _own_forward(kind) for kind in KIND_OF}
 
 
-def _parameters_of(name: str) -> tuple[tuple[str, float], ...]:
-    return ACTIVATIONS[name].parameters if name in ACTIVATIONS else _NO_PARAMETERS
-
-
 def activation_of(child: nn.Module) -> tuple[str, tuple[tuple[str, float], ...]]:
     """The name and parameters of an activation module that `activation_reason` has passed."""
     given: Any = child
     kind = type(child)
-    if kind is GeGLU:
-        return given.activation, _NO_PARAMETERS
-    name = _GELU_NAMES[given.approximate] if kind is nn.GELU else _ACTIVATION_OF[kind]
-    known = _parameters_of(name)
+    several = _BY_APPROXIMATE.get(kind)
+    name = several[given.approximate] if several else _ACTIVATION_OF[kind]
+    known = known_parameters(name)
     if not known:
         return name, _NO_PARAMETERS
     return name, tuple((key, float(getattr(child, key))) for key, _ in known)
@@ -87,10 +86,10 @@ def activation_of(child: nn.Module) -> tuple[str, tuple[tuple[str, float], ...]]
 def activation_attributes(child: nn.Module, first: bool) -> Callable[[Any], Any] | None:
     """What reads the attributes on which `activation_reason` and `activation_of` depend."""
     kind = type(child)
-    names = [key for key, _ in _parameters_of(_ACTIVATION_OF[kind])]
+    names = [key for key, _ in known_parameters(_ACTIVATION_OF[kind])]
     if kind in GATED_MODULES:
         names.append("dim")
-    if kind in (nn.GELU, GeGLU):
+    if kind in _BY_APPROXIMATE:
         names.append("approximate")
     if kind is nn.ReLU6:
         names += ["min_val", "max_val"]
@@ -105,13 +104,13 @@ def activation_reason(child: nn.Module, first: bool) -> str:
     given: Any = child
     if first and getattr(child, "inplace", False):
         return "it works in place on the chain's input"
-    if kind in (nn.GELU, GeGLU) and given.approximate not in _GELU_NAMES:
+    if kind in _BY_APPROXIMATE and given.approximate not in _BY_APPROXIMATE[kind]:
         return f"its approximate is {given.approximate!r}"
     if kind is nn.ReLU6 and (given.min_val, given.max_val) != (0, 6):
         return f"it clamps to ({given.min_val}, {given.max_val})"
     if kind in GATED_MODULES and type(given.dim) is not int:
         return f"its dim is {given.dim!r}"
-    for key, _ in _parameters_of(_ACTIVATION_OF[kind]):
+    for key, _ in known_parameters(_ACTIVATION_OF[kind]):
         value = getattr(child, key)
         if not isinstance(value, Real) or is_nan(value):
             return f"its {key} is {value!r}"

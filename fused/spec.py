@@ -80,20 +80,13 @@ GATED_ACTIVATIONS: dict[str, GatedActivation] = {
 }
 GATED_CODES: dict[str, int] = {name: a.code for name, a in GATED_ACTIVATIONS.items()}
 FIRST_GATED = min(GATED_CODES.values())
-ACTIVATION_NAMES: dict[int, str | None] = {
-    **{code: name for name, code in ACTIVATION_CODES.items()},
-    **{code: name for name, code in GATED_CODES.items()},
-}
+_CODES: dict[str | None, int] = {**ACTIVATION_CODES, **GATED_CODES}
+ACTIVATION_NAMES: dict[int, str | None] = {code: name for name, code in _CODES.items()}
 
 
 def is_gated(activation: int) -> bool:
     """Whether an activation's code is that of a gated one."""
     return activation >= FIRST_GATED
-
-
-def gated_name(activation: str | None) -> bool:
-    """Whether an activation's name is that of a gated one."""
-    return activation in GATED_ACTIVATIONS
 
 
 # Norms whose statistics run along a row of the (rows, cols) view, then those whose statistics run
@@ -140,7 +133,7 @@ class Epilogue:
         return (
             NORM_CODES[self.norm],
             self.eps,
-            GATED_CODES.get(self.activation or "") or ACTIVATION_CODES[self.activation],
+            _CODES[self.activation],
             self.alpha,
             self.beta,
             self.threshold,
@@ -172,22 +165,28 @@ def is_nan(value: Real | float) -> bool:
     return value != value  # noqa: PLR0124
 
 
+def known_parameters(activation: str | None) -> tuple[tuple[str, float], ...]:
+    """The parameters that an activation has, and their defaults; a gated one has none.
+
+    Raises:
+        ValueError: unknown activation (the message lists the known ones).
+    """
+    if activation is None or activation in GATED_ACTIVATIONS:
+        return ()
+    if activation in ACTIVATIONS:
+        return ACTIVATIONS[activation].parameters
+    names = ", ".join((*ACTIVATIONS, *GATED_ACTIVATIONS))
+    raise ValueError(f"unknown activation {activation!r}; known: {names}, or None")
+
+
 def activation_parameters(activation: str | None, given: dict[str, float]) -> tuple[float, float]:
     """The two operator parameters of an activation, from torch's argument names.
 
     Raises:
-        ValueError: unknown activation (the message lists the known ones).
+        ValueError: unknown activation.
         TypeError: a parameter that this activation does not have, or that is not a number.
     """
-    if activation is None:
-        known: tuple[tuple[str, float], ...] = ()
-    elif activation in ACTIVATIONS:
-        known = ACTIVATIONS[activation].parameters
-    elif activation in GATED_ACTIVATIONS:
-        known = ()
-    else:
-        names = ", ".join((*ACTIVATIONS, *GATED_ACTIVATIONS))
-        raise ValueError(f"unknown activation {activation!r}; known: {names}, or None")
+    known = known_parameters(activation)
     for name, value in given.items():
         if name not in dict(known):
             takes = ", ".join(k for k, _ in known) or "no parameters"

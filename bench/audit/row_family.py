@@ -12,7 +12,7 @@ from fused.kernels.row_backward import (
 )
 from torch import Tensor
 
-from fused.spec import ACTIVATIONS, Epilogue, gated_name, make_epilogue
+from fused.spec import ACTIVATIONS, GATED_ACTIVATIONS, Epilogue, make_epilogue
 
 from .covering import Case
 from .family import DTYPES, Family, Make
@@ -41,7 +41,7 @@ _COMMON = {
 def _matrix(case: Case, make: Make, of_z: bool = False) -> Tensor:
     """The width is that of the result; before a gated activation z has twice as many columns."""
     cols = case["width"] - {"ragged": 8, "odd": 1}.get(case["fit"], 0)
-    cols *= 2 if of_z and gated_name(case["activation"]) else 1
+    cols *= 2 if of_z and case["activation"] in GATED_ACTIVATIONS else 1
     first = int(case["fit"] == "offset")
     flat = make((first + case["rows"] * cols,), DTYPES[case["dtype"]])
     return flat[first:].view(case["rows"], cols)

@@ -28,7 +28,6 @@ from fused.spec import (
     Epilogue,
     activation_parameters,
     dropout_threshold,
-    gated_name,
 )
 
 GRADIENTS = ("dz", "dnorm_weight", "dnorm_bias", "dbias")
@@ -70,7 +69,7 @@ class Case:
 
     @property
     def result_cols(self) -> int:
-        return self.cols // 2 if gated_name(self.activation) else self.cols
+        return self.cols // 2 if self.activation in GATED_ACTIVATIONS else self.cols
 
 
 @dataclass(frozen=True)
