@@ -60,6 +60,14 @@ def cpp() -> None:
         pytest.skip("the C++ extension is not built")
 
 
+@pytest.fixture(name="backend", params=["cpp", "reference"])
+def _backend(request: pytest.FixtureRequest) -> str:
+    """A backend to ask for by its name, one that CPU tensors have."""
+    if request.param == "cpp" and backend.cpu_isa() is None:
+        pytest.skip("the C++ extension is not built")
+    return request.param
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Threads that wait for each other cost small tensors more time than they save."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from cases import Inputs, make_inputs
+from torch import Tensor, nn
 
 from fused.spec import GATED_ACTIVATIONS, Epilogue, dropout_threshold
 
@@ -25,3 +28,24 @@ def make_gated_inputs(
     if inputs.residual is not None:
         inputs.residual = inputs.residual[:, half:].contiguous()
     return inputs
+
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "glu": torch.sigmoid,
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": lambda b: F.gelu(b, approximate="tanh"),
+    "reglu": F.relu,
+}
+
+
+class Plain(nn.Module):
+    """A gated activation by torch's own operators, along a dimension."""
+
+    def __init__(self, name: str, dim: int = -1) -> None:
+        super().__init__()
+        self.name, self.dim = name, dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, self.dim)
+        return value * GATES[self.name](gate)

@@ -68,13 +68,6 @@ CASES: dict[str, tuple[Make, tuple[int, ...]]] = {
 }
 
 
-@pytest.fixture(params=["cpp", "reference"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpp" and fused.backend.cpu_isa() is None:
-        pytest.skip("the C++ extension is not built")
-    return request.param
-
-
 def twins(make: Make, training: bool, dtype: torch.dtype) -> tuple[nn.Sequential, fused.Sequential]:
     modules = make()
     for module in modules:  # so that a mistaken parameter shows

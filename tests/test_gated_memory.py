@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, NORMS, Inputs, run_operator
+from cases import DTYPES, NORMS, run_operator
 from gated_cases import make_gated_epilogue, make_gated_inputs
-from test_row import check_streams_alike, rows_that_stream
+from test_row_memory import (
+    check_streams_alike,
+    in_poisoned_buffers,
+    rows_that_stream,
+    with_rows_far_apart,
+)
 
 from fused import backend, ops
 
@@ -19,17 +24,7 @@ def test_strided_rows_offsets_and_red_zones(dtype: torch.dtype, norm: str | None
     for half in (1, 15, 32, 100):
         plain = make_gated_inputs(6, half, dtype, norm)
         expected = run_operator(plain, epilogue)
-        # The rows lie in a poisoned buffer, at an odd offset and an odd stride.
-        surrounded = {}
-        for name in ("z", "dy", "residual"):
-            cols = getattr(plain, name).shape[1]
-            buffer = torch.full((1 + 6 * (cols + 3),), float("nan"), dtype=dtype)
-            view = buffer[1:].view(6, cols + 3)[:, :cols]
-            surrounded[name] = view.copy_(getattr(plain, name))
-        strided = Inputs(
-            bias=plain.bias, norm_weight=plain.norm_weight, norm_bias=plain.norm_bias, **surrounded
-        )
-        for name, t in run_operator(strided, epilogue).items():
+        for name, t in run_operator(in_poisoned_buffers(plain), epilogue).items():
             assert torch.equal(t, expected[name]), (name, half)
 
 
@@ -77,20 +72,10 @@ def test_streaming_stores_give_the_same(dtype: torch.dtype, norm: str | None, ha
 @pytest.mark.slow
 @pytest.mark.usefixtures("isa")
 def test_rows_beyond_two_to_the_31_elements() -> None:
-    """Three rows that far apart, in memory that is reserved but never touched between them."""
-    stride = (1 << 31) + 3
     plain = make_gated_inputs(3, 35, torch.bfloat16, residual=False)
     epilogue = make_gated_epilogue("layer", "geglu_tanh", 0.1)
     expected = run_operator(plain, epilogue)
-    views = {}
-    for name in ("z", "dy"):
-        near = getattr(plain, name)
-        far = torch.empty(2 * stride + 70, dtype=torch.bfloat16)
-        views[name] = far.as_strided(near.shape, (stride, 1)).copy_(near)
-    far_apart = Inputs(
-        bias=plain.bias, norm_weight=plain.norm_weight, norm_bias=plain.norm_bias, **views
-    )
-    for name, t in run_operator(far_apart, epilogue).items():
+    for name, t in run_operator(with_rows_far_apart(plain), epilogue).items():
         assert torch.equal(t, expected[name]), name
 
 

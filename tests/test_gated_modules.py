@@ -11,7 +11,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from sequentials import assert_same, outcome, pair
+from gated_cases import GATES, Plain
+from sequentials import assert_same, outcome
 from torch import Tensor, nn
 
 import fused
@@ -20,26 +21,7 @@ from fused.functional import dropout_mask, linear_norm_act, norm_act
 from fused.nn import GeGLU, ReGLU, SwiGLU
 from fused.spec import GATED_ACTIVATIONS
 
-GATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "glu": torch.sigmoid,
-    "swiglu": F.silu,
-    "geglu": F.gelu,
-    "geglu_tanh": lambda b: F.gelu(b, approximate="tanh"),
-    "reglu": F.relu,
-}
 MODULES = [nn.GLU(), SwiGLU(), GeGLU(), GeGLU(approximate="tanh"), ReGLU()]
-
-
-class Plain(nn.Module):
-    """A gated activation by torch's own operators, along a dimension."""
-
-    def __init__(self, name: str, dim: int = -1) -> None:
-        super().__init__()
-        self.name, self.dim = name, dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = x.chunk(2, self.dim)
-        return value * GATES[self.name](gate)
 
 
 def plain_of(modules: list[nn.Module], names: dict[type, str]) -> nn.Sequential:
@@ -47,13 +29,6 @@ def plain_of(modules: list[nn.Module], names: dict[type, str]) -> nn.Sequential:
     return nn.Sequential(
         *(Plain(names[type(m)], m.dim) if type(m) in names else m for m in modules)
     )
-
-
-@pytest.fixture(params=["cpp", "reference"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpp" and fused.backend.cpu_isa() is None:
-        pytest.skip("the C++ extension is not built")
-    return request.param
 
 
 NAMES = {SwiGLU: "swiglu", ReGLU: "reglu", nn.GLU: "glu"}
@@ -145,7 +120,10 @@ def test_modules_by_themselves(
 
 def test_modules_take_what_kernels_do_not() -> None:
     assert ReGLU()(torch.arange(-3, 3)).tolist() == [0, -2, -2]
-    assert isinstance(SwiGLU()(nn.Parameter(torch.randn(4))), Tensor)
+    parameter = nn.Parameter(torch.randn(4))
+    torch.testing.assert_close(SwiGLU()(parameter), Plain("swiglu")(parameter))
+    nested = torch.nested.nested_tensor([torch.randn(2, 4)], layout=torch.jagged)
+    torch.testing.assert_close(ReGLU()(nested).values(), Plain("reglu")(nested.values()))
     with pytest.raises(ValueError, match="approximate"):
         GeGLU(approximate="sigmoid")
 
@@ -247,16 +225,25 @@ def test_jagged_sequences(backend: str) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("norm", [None, "layer", "rms", "batch"])
-def test_functions_equal_modules(norm: str | None, backend: str) -> None:
+NORMALIZE: dict[str | None, Callable[[Tensor, Tensor | None], Tensor]] = {
+    None: lambda z, scale: z,
+    "layer": lambda z, scale: F.layer_norm(z, (12,), scale),
+    "rms": lambda z, scale: F.rms_norm(z, (12,), scale),
+    "batch": lambda z, scale: F.batch_norm(z, None, None, scale, training=True),
+}
+
+
+@pytest.mark.parametrize("norm", NORMALIZE)
+def test_functions(norm: str | None, backend: str) -> None:
     x, weight, bias = torch.randn(5, 6), torch.randn(12, 6), torch.randn(12)
     scale = None if norm is None else torch.rand(12) + 0.5
+    z = F.linear(x, weight, bias)
     with fused.use_backend(backend):
         y = linear_norm_act(x, weight, bias, norm=norm, norm_weight=scale, activation="swiglu")
-        z = F.linear(x, weight, bias)
         same = norm_act(z, norm=norm, norm_weight=scale, activation="swiglu")
-    torch.testing.assert_close(y, same, rtol=1e-5, atol=1e-5)
-    assert y.shape == (5, 6)
+    expected = Plain("swiglu")(NORMALIZE[norm](z, scale))
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(same, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_of_several_dimensions(backend: str) -> None:
@@ -278,113 +265,3 @@ def test_a_row_of_several_dimensions(backend: str) -> None:
 def test_odd_features_are_refused(call: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match="halves the features; they must be an even number"):
         call()
-
-
-# ---- what stops the chain ----
-
-
-@pytest.mark.parametrize(
-    "modules, shape, reason",
-    [
-        ([nn.LayerNorm(8), nn.GLU(1)], (3, 4, 8), "halves dimension 1"),
-        ([nn.BatchNorm2d(4), nn.GLU()], (3, 4, 5, 6), "halves dimension -1"),
-        ([nn.GLU(0), nn.Dropout(0.0)], (4, 6), "halves dimension 0"),
-    ],
-)
-def test_another_dimension_runs_one_by_one(
-    modules: list[nn.Module], shape: tuple[int, ...], reason: str
-) -> None:
-    plain, net = pair(modules)
-    assert_same(plain, net, x=torch.randn(shape))
-    entry = net.plan()[0]
-    assert entry.unfused_calls == 1 and reason in entry.reason
-
-
-def test_odd_features_raise_what_eager_raises() -> None:
-    plain, net = pair([nn.LayerNorm(7), nn.GLU()])
-    with pytest.raises(RuntimeError) as theirs:
-        plain(torch.randn(2, 7))
-    with pytest.raises(RuntimeError) as ours:
-        net(torch.randn(2, 7))
-    assert str(ours.value) == str(theirs.value)
-
-
-def test_a_change_of_dimension_or_rank_is_seen() -> None:
-    plain, net = pair([nn.LayerNorm(8), nn.GLU(1), nn.Dropout(0.0)])
-    assert_same(plain, net, x=torch.randn(3, 8))
-    assert_same(plain, net, x=torch.randn(3, 8))
-    assert_same(plain, net, x=torch.randn(3, 8, 8))
-    plain[1].dim = 2
-    assert_same(plain, net, x=torch.randn(3, 8, 8))
-    entry = net.plan()[0]
-    assert (entry.fused_calls, entry.unfused_calls) == (3, 1)
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_strided_inputs(backward: bool) -> None:
-    plain, net = pair([nn.GLU(), nn.Dropout(0.0)])
-    x = torch.randn(8, 6).t()
-    assert_same(plain, net, x=x)
-    assert "not contiguous" in net.plan()[0].reason
-    plain, net = pair([nn.Linear(6, 8), nn.GLU()])
-    assert_same(plain, net, x=torch.randn(6, 5).t())
-    assert net.plan()[0].fused_calls == 1
-
-
-# ---- graphs ----
-
-
-def test_one_graph(cpp: None) -> None:
-    block = fused.LinearNormAct(6, 8, norm="rms", activation="swiglu", dropout=0.1).eval()
-    x = torch.randn(5, 6)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    found, expected = outcome(compiled, x), outcome(block, x)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize("name", GATES)
-@pytest.mark.parametrize("norm", [None, "layer", "rms", "batch"])
-def test_gradcheck(name: str, norm: str | None, cpp: None) -> None:
-    z = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    scale = torch.rand(6, dtype=torch.float64).add_(0.5).requires_grad_()
-    inputs = (z,) if norm is None else (z, scale)
-
-    def call(z: Tensor, scale: Tensor | None = None) -> Tensor:
-        return norm_act(z, norm=norm, norm_weight=scale, activation=name, p=0.3, seed=2)
-
-    assert torch.autograd.gradcheck(call, inputs)
-    if name != "reglu":  # its second derivative jumps where an element is near zero
-        assert torch.autograd.gradgradcheck(call, inputs)
-
-
-def test_forward_mode_and_vmap_are_torchs() -> None:
-    z, t = torch.randn(3, 6), torch.randn(3, 6)
-    call = lambda z: norm_act(z, norm="rms", activation="swiglu")  # noqa: E731
-    plain = lambda z: Plain("swiglu")(F.rms_norm(z, (6,)))  # noqa: E731
-    for ours, theirs in zip(torch.func.jvp(call, (z,), (t,)), torch.func.jvp(plain, (z,), (t,)),
-                            strict=True):  # fmt: skip
-        torch.testing.assert_close(ours, theirs)
-    stacked = torch.randn(4, 3, 6)
-    torch.testing.assert_close(torch.func.vmap(call)(stacked), plain(stacked))
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("dim, shape", [(-1, (5, 6)), (1, (2, 6, 5))])
-def test_trace_records_torchs_operators(dim: int, shape: tuple[int, ...]) -> None:
-    x = torch.randn(shape)
-    traced = torch.jit.trace(SwiGLU(dim), x)
-    assert "fused_lnad" not in str(traced.graph)
-    torch.testing.assert_close(traced(x), SwiGLU(dim)(x))
-
-
-def test_fuse_takes_a_gated_chain() -> None:
-    model = nn.Sequential(
-        nn.Sequential(nn.Linear(6, 16), nn.GLU(), nn.Dropout(0.0)), nn.Linear(8, 2)
-    )
-    x = torch.randn(3, 6)
-    expected = outcome(model, x)
-    report = fused.fuse_(model)
-    assert "glu" in str(report)
-    for ours, theirs in zip(outcome(model, x), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)

@@ -1,5 +1,5 @@
-// The gated activations' part of the table of row kernels, for the instruction set that this file is
-// compiled for.
+// The part of the table of row kernels that is of gated activations, for the instruction set that
+// this file is compiled for.
 #pragma once
 
 #include "gated_backward.h"

@@ -12,7 +12,7 @@ import torch
 from fused import cuda_library
 
 # Modules of tests/ that call the operators.
-CALLERS = ("cases", "channel_cases", "test_row", "test_gated", "test_channel")
+CALLERS = ("cases", "channel_cases", "test_row_memory", "test_gated", "test_channel")
 CALLERS += ("test_channel_memory",)
 
 

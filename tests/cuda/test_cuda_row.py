@@ -16,13 +16,15 @@ from test_row import (  # noqa: F401  collected here too, and run on these kerne
     test_dropped_elements_multiply_by_zero,
     test_every_activation,
     test_every_shape,
+    test_relative_accuracy_near_zero_and_in_tails,
+    test_squares_that_overflow,
+    test_wider_parameters,
+)
+from test_row_memory import (  # noqa: F401
     test_in_place_writes_y_and_nothing_else,
     test_outputs_are_written_completely,
-    test_relative_accuracy_near_zero_and_in_tails,
     test_rows_beyond_two_to_the_31_elements,
-    test_squares_that_overflow,
     test_strided_rows_offsets_and_red_zones,
-    test_wider_parameters,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
