@@ -4,20 +4,23 @@
 
 Host: microseconds on 8 × 64 float32, one thread. Kernel: nanoseconds an element of 128 × 1024,
 which stays in the second-level cache, one thread; the best of several repeats, less what one row
-costs.
+costs. Gates: how fast the kernel makes small chains, of which small.py leaves some to torch.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fused import ops, small
+import fused
+from fused import ops, reference, small
 from fused.autograd import Codes, RowFunction
 from fused.dispatch import make_codes
+from fused.spec import GATED_ACTIVATIONS
 
 REPEATS = 7
 DTYPES = (torch.float32, torch.bfloat16)
@@ -121,8 +124,60 @@ def channel_costs() -> None:
             print(f"  {str(dtype).removeprefix('torch.')} {activation}: {text}")
 
 
+# Rows and features out of a small gated chain.
+GATE_SIZES = ((8, 32), (64, 64), (128, 128), (512, 128), (1024, 256))
+
+
+class _PlainGate(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, h: Tensor) -> Tensor:
+        return reference.activate(h, self.name)
+
+
+def _step(net: nn.Module, x: Tensor) -> Callable[[], object]:
+    inputs = tuple(net.parameters())
+    return lambda: torch.autograd.grad(net(x).sum(), inputs)
+
+
+def gate_speed(name: str, norm: str | None, rows: int, features: int) -> float:
+    """The kernel's speed over torch's own operators, forward and backward from 64 features."""
+    block = fused.LinearNormAct(64, features, norm=norm, activation=name)
+    plain = nn.Sequential(*block)
+    plain[-1] = _PlainGate(name)
+    x = torch.randn(rows, 64)
+    ours, theirs = _step(block, x), _step(plain, x)
+    calls = max(5, int(2e4 / best_us(theirs, 3)))
+    ratios = []
+    with fused.use_backend("cpp"):
+        for _ in range(15):
+            times = []
+            for call in (theirs, ours):
+                start = time.perf_counter()
+                for _ in range(calls):
+                    call()
+                times.append(time.perf_counter() - start)
+            ratios.append(times[0] / times[1])
+    return statistics.median(ratios)
+
+
+def gate_costs() -> None:
+    """What small.py's limits for gates rest on."""
+    sizes = ", ".join(f"{rows} × {features}" for rows, features in GATE_SIZES)
+    print(f"Linear → norm → gate, float32, speed of the kernel over torch's operators: {sizes}")
+    for name in GATED_ACTIVATIONS:
+        for norm in (None, "layer"):
+            found = [f"{gate_speed(name, norm, *size):.2f}" for size in GATE_SIZES]
+            print(f"  {name} {norm or 'no norm'}: {', '.join(found)}")
+
+
 if __name__ == "__main__":
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     host_costs()
     kernel_costs()
     channel_costs()
+    torch.set_num_threads(threads)
+    gate_costs()

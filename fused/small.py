@@ -31,10 +31,11 @@ for _name in _FAIR:
 LIMITS[GATED_CODES["glu"]] = 1 << 13
 # Without a norm the kernel saves less: one pass over the output. (Linear → ReLU, forward and
 # backward, 256 × 256 float32: 0.77 of eager's speed by the kernel, 0.93 so; level at 512 × 1024.
-# Linear → gate, 64 × 128: 0.74 for glu, 0.87 to 0.89 for the others, 0.94 to 0.96 so; level between
-# 32768 and 262144 elements. November 2026.)
+# Linear → gate by `python -m bench.costs`, 64 × 128: 0.75 for glu, 0.84 to 0.91 for the others;
+# level between 32768 and more than 524288 elements. November 2026.)
 WITHOUT_NORM = [32 * limit for limit in LIMITS]
-for _name, _limit in {"swiglu": 1 << 15, "geglu": 1 << 15, "reglu": 1 << 16}.items():
+_GATED = {"swiglu": 1 << 15, "geglu": 1 << 15, "geglu_tanh": 1 << 14, "reglu": 1 << 16}
+for _name, _limit in _GATED.items():
     WITHOUT_NORM[GATED_CODES[_name]] = _limit
 _RMS = 2
 _INFERENCE_LIMIT = 1 << 12
