@@ -80,7 +80,8 @@ GATED_ACTIVATIONS: dict[str, GatedActivation] = {
 }
 GATED_CODES: dict[str, int] = {name: a.code for name, a in GATED_ACTIVATIONS.items()}
 FIRST_GATED = min(GATED_CODES.values())
-_CODES: dict[str | None, int] = {**ACTIVATION_CODES, **GATED_CODES}
+_CODES: dict[str | None, int] = dict(ACTIVATION_CODES)
+_CODES.update((name, code) for name, code in GATED_CODES.items())
 ACTIVATION_NAMES: dict[int, str | None] = {code: name for name, code in _CODES.items()}
 
 
