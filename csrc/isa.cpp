@@ -10,19 +10,28 @@
 namespace fused {
 namespace {
 
+// A table is made only on a machine that has its instruction set: the code that fills it is compiled
+// for that set, too.
 const Kernels* find_kernels(const std::string& name) {
-  static const Kernels portable{"portable", row_kernels_portable(), channel_kernels_portable()};
-  if (name == "portable") return &portable;
+  if (name == "portable") {
+    static const Kernels portable{"portable", row_kernels_portable(), channel_kernels_portable()};
+    return &portable;
+  }
 #if !defined(FUSED_PORTABLE_ONLY)
-  static const Kernels avx2{"avx2", row_kernels_avx2(), channel_kernels_avx2()};
-  static const Kernels avx512{"avx512", row_kernels_avx512(), channel_kernels_avx512()};
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (name == "avx2" && has_avx2) return &avx2;
-  if (name == "avx512" && has_avx512) return &avx512;
+  if (name == "avx2" && has_avx2) {
+    static const Kernels avx2{"avx2", row_kernels_avx2(), channel_kernels_avx2()};
+    return &avx2;
+  }
+  if (name == "avx512" && has_avx512) {
+    static const Kernels avx512{"avx512", row_kernels_avx512(), channel_kernels_avx512()};
+    return &avx512;
+  }
 #endif
   return nullptr;
 }
