@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 TESTS ?= tests
+# Two processes side by side, each with one thread; tests that need several threads ask for them.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -n $(or $(JOBS),2) --dist worksteal
 # The tests that drive the C++ kernels.
 SANITIZE_TESTS ?= tests/test_row.py tests/test_row_memory.py tests/test_gated.py \
   tests/test_gated_memory.py tests/test_channel.py tests/test_channel_memory.py \
@@ -12,10 +14,10 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name
 FORMATTED := $(CSRC) $(wildcard tests/cuda/emulation/*.h)
 EXTENSION := fused/_C.abi3.so
 
-.PHONY: help setup demo test lint format bench audit sanitize clean
+.PHONY: help setup demo test test-all lint format bench audit sanitize clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(EXTENSION) ## create .venv, install the dependencies, build the C++ kernels
 
@@ -38,8 +40,11 @@ $(EXTENSION): $(CSRC) setup.py .venv/.installed
 demo: setup ## train on real data, fused against plain torch
 	$(BIN)/python examples/flights.py
 
-test: setup ## run the tests (TESTS=tests/test_x.py for a part)
-	$(BIN)/pytest $(TESTS)
+test: setup ## run the tests (TESTS=tests/test_x.py for a part, JOBS=n processes)
+	$(PYTEST) $(TESTS)
+
+test-all: setup ## run every test: whole products, cold audit, all examples and wheels
+	$(PYTEST) -m "" $(TESTS)
 
 lint: setup ## ruff, mypy on the installed package, clang-format
 	$(BIN)/ruff check .

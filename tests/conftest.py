@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,11 +17,42 @@ from fused.kernels import tuned
 
 from fused import backend, gemm, small
 
-ISAS = ("avx512", "avx2", "portable")
+
+def instruction_sets() -> list[str]:
+    """Those of the C++ kernels that this machine can run."""
+    before, found = backend.cpu_isa(), []
+    if before is not None:
+        for name in ("avx512", "avx2", "portable"):
+            with suppress(ValueError):
+                backend.set_cpu_isa(name)
+                found.append(name)
+        backend.set_cpu_isa(before)
+    return found
 
 
+ISAS = instruction_sets()
+
+
+def pytest_report_header() -> str:
+    return f"C++ kernels: {', '.join(ISAS) or 'not built'}"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """FUSED_TEST_SHARD=i/n keeps the i-th of n parts of the tests, for n processes side by side."""
+    """Marks what goes beyond a covering set as `full`, and puts the longest tests first.
+
+    FUSED_TEST_SHARD=i/n keeps the i-th of n parts of the tests, for n processes side by side.
+    """
+    products: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            products.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for product in products.values():
+        # A program of an interpreted kernel takes 30 ms.
+        interpreted = product[0].path.parent.name == "interpreted"
+        for item in beyond_covering(product, 1 if interpreted else 2):
+            item.add_marker("full")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     shard = os.environ.get("FUSED_TEST_SHARD")
     if shard:
         part, parts = map(int, shard.split("/"))
@@ -25,6 +60,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items=[item for index, item in enumerate(items) if index % parts != part]
         )
         items[:] = items[part::parts]
+
+
+def beyond_covering(product: list[pytest.Function], strength: int) -> list[pytest.Function]:
+    """The cases of one test that are left out of a covering set.
+
+    With strength 2 every value of a property meets every value of every other one in the cases that
+    stay, as in bench/audit/covering.py; with strength 1 every value occurs.
+    """
+    values = [properties_of(item.callspec.params) for item in product]
+    met = [frozenset(combinations(case, strength)) for case in values]
+    missing, left = frozenset[Any]().union(*met), list(range(len(product)))
+    while missing:
+        # Of several that bring as much, one from far away: neighbours are alike.
+        best = max(left, key=lambda case: (len(met[case] & missing), case * 7919 % len(product)))
+        missing -= met[best]
+        left.remove(best)
+    return [product[case] for case in left] if len(values[0]) > strength else []
+
+
+def properties_of(parameters: dict[str, Any]) -> list[tuple[str, str]]:
+    """The parameters of a test by their names; those of a case that is a dataclass one by one."""
+    found = []
+    for name, value in parameters.items():
+        if is_dataclass(value):
+            found += [(f.name, repr(getattr(value, f.name))) for f in fields(value)]
+        else:
+            found.append((name, repr(value)))
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -39,16 +102,13 @@ def _kernels_at_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(small, limits, [0] * len(getattr(small, limits)))
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=ISAS or [None])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Forces the C++ kernels to one instruction set."""
     before = backend.cpu_isa()
     if before is None:
         pytest.skip("the C++ extension is not built")
-    try:
-        backend.set_cpu_isa(request.param)
-    except ValueError:
-        pytest.skip(f"this machine has no {request.param}")
+    backend.set_cpu_isa(request.param)
     yield request.param
     backend.set_cpu_isa(before)
 

@@ -22,8 +22,15 @@ def doubles(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
 
 
-@pytest.mark.parametrize("norm", [None, "layer", "rms"])
-@pytest.mark.parametrize("activation", EVERY_ACTIVATION)
+# Every activation behind layer norm, every norm with gelu; the rest of the product is `full`.
+DIFFERENTIATED = [
+    pytest.param(a, n, marks=[] if n == "layer" or a == "gelu" else pytest.mark.full)
+    for a in EVERY_ACTIVATION
+    for n in (None, "layer", "rms")
+]
+
+
+@pytest.mark.parametrize("activation, norm", DIFFERENTIATED)
 def test_gradcheck_and_gradgradcheck(activation: str | None, norm: str | None) -> None:
     x, weight, bias, scale, shift, residual = doubles((3, 4), (5, 4), (5,), (5,), (5,), (3, 5))
     codes = make_codes(norm, 1e-5 if norm else 0.0, activation, 0.3)

