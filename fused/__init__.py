@@ -1,5 +1,10 @@
 """Linear → Norm → Activation → Dropout as one operation, forward and backward."""
 
+from .location import search_path
+
+__version__ = "0.1.0"
+__path__ = search_path(__path__)
+
 from . import functional
 from .backend import use_backend
 from .convert import Report, fuse_, unfuse_
@@ -7,8 +12,6 @@ from .ensemble import mc_dropout
 from .fold import fold_
 from .nn import MLP, LinearNormAct, NormAct, Sequential
 from .scaler import FeatureScaler
-
-__version__ = "0.1.0"
 
 __all__ = [
     "MLP",
