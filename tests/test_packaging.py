@@ -11,6 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from email.parser import Parser
@@ -183,6 +184,25 @@ def test_a_checkout_that_was_never_built(tmp_path: Path) -> None:
     where, served = run_python(WHERE, checkout).splitlines()
     assert where == f"{checkout}/fused/__init__.py {checkout}/kernels/__init__.py"
     assert served.startswith("None the C++ extension was not built; install a C++20 compiler")
+
+
+def test_source_distribution_holds_what_readme_links(tmp_path: Path) -> None:
+    sources = copy_sources(tmp_path / "sources")
+    shutil.copytree(ROOT / "docs", sources / "docs")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "sdist"],
+        env=os.environ | {"FUSED_NO_EXT": "1"},
+        cwd=sources,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = (sources / "dist").glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    linked = re.findall(r"\]\((docs/[^)#]+)", (ROOT / "README.md").read_text())
+    assert linked and set(linked) <= held
+    assert {"setup.py", "kernels/__init__.py", "csrc/row.cpp", "LICENSE"} <= held
 
 
 def test_kernels_folder_refuses_its_own_name() -> None:
