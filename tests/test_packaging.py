@@ -236,12 +236,10 @@ def test_the_build_names_what_is_missing(
     assert ("--no-build-isolation" in reason) == (torch is None or compiler is None)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("compiler", "reason"),
-    [
-        pytest.param("/nonexistent/c++", "no C++ compiler was found", marks=pytest.mark.full),
-        ("false", "the compiler failed"),
-    ],
+    [("/nonexistent/c++", "no C++ compiler was found"), ("false", "the compiler failed")],
 )
 def test_installs_without_a_working_compiler(tmp_path: Path, compiler: str, reason: str) -> None:
     """The reason is said by the build, which pip seldom shows, and again where it is imported."""
