@@ -109,7 +109,8 @@ def why_not() -> str:
     if os.environ.get("FUSED_NO_EXT") == "1":
         return "FUSED_NO_EXT=1 is set; unset it " + AGAIN
     if find_torch() is None:
-        return "torch is not installed where the package is built; install torch " + AGAIN
+        also = "" if find_compiler() else " and no C++ compiler was found"
+        return f"pip's build environment had no torch{also}; install what lacks {AGAIN}"
     version = metadata.version("torch")
     if tuple(int(part) for part in version.split(".")[:2]) < (2, 11):
         return f"torch {version} is too old; install torch 2.11 or newer {AGAIN}"
@@ -158,9 +159,7 @@ def architecture_flags(nvcc: str) -> list[str]:
     for architecture in listed:
         found = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", architecture)
         if not found:
-            raise OSError(
-                f"TORCH_CUDA_ARCH_LIST has {architecture!r}; expected e.g. 9.0 or 9.0+PTX"
-            )
+            raise OSError(f"TORCH_CUDA_ARCH_LIST: expected e.g. 9.0+PTX, got {architecture!r}")
         number = found[1] + found[2]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if found[3]:
@@ -170,14 +169,15 @@ def architecture_flags(nvcc: str) -> list[str]:
 
 def say(sentence: str) -> None:
     sys.stderr.write(f"fused-lnad: {sentence}\n")  # one write: several threads say something
-    sys.stderr.flush()
 
 
-def say_without(reason: str, cuda: bool = False) -> None:
-    if cuda:
-        say(f"installing without the CUDA C++ kernels, so GPUs need Triton: {reason}.")
-    else:
-        say(f"installing without the C++ kernels, so CPU tensors run in plain torch: {reason}.")
+def say_without(name: str, reason: str, package: Path) -> None:
+    """Says why a library is not built, and leaves it in the package, since pip seldom shows it."""
+    package.mkdir(parents=True, exist_ok=True)
+    (package / f"{name}.missing").write_text(reason)
+    lost = "C++ kernels, so CPU tensors run in plain torch"
+    lost = "CUDA C++ kernels, so GPUs need Triton" if name == "_cuda" else lost
+    say(f"installing without the {lost}: {reason}.")
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -185,14 +185,14 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 class BuildPy(build_py):
-    """Says, in the commands that build something, why an extension is not built."""
+    """Says, in the commands that build something, why a library is not built."""
 
     def run(self) -> None:
         super().run()
-        if why_not():
-            say_without(why_not())
-        if why_not_cuda():
-            say_without(why_not_cuda(), cuda=True)
+        package = Path(ROOT if self.editable_mode else self.build_lib, "fused")
+        for name, reason in WITHOUT.items():
+            if reason:
+                say_without(name, reason, package)
 
 
 def build_library(
@@ -239,21 +239,25 @@ def build_library(
 class BuildExtension(build_ext):
     """Builds one of the two libraries; goes on without it where that fails."""
 
+    def run(self) -> None:
+        self.in_checkout = self.inplace or self.editable_mode  # setuptools' run resets inplace
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         try:
             (build_cuda_kernels if ext.name == "fused._cuda" else build_cpu_kernels)(target)
         except (subprocess.CalledProcessError, OSError) as error:
-            output = (getattr(error, "stderr", None) or str(error)).strip()
-            print(output, file=sys.stderr)
+            print((getattr(error, "stderr", None) or str(error)).strip(), file=sys.stderr)
             # A library of older sources must not be loaded by newer Python code; that of the
             # checkout is not touched where another is built.
             target.unlink(missing_ok=True)
-            if self.inplace or self.editable_mode:
-                (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
-            failed = "the compiler failed (its messages are above; pip shows them with -v); install"
-            cuda = ext.name == "fused._cuda"
-            say_without(f"{failed} {'CUDA 12' if cuda else 'g++ 11'} or newer {AGAIN}", cuda)
+            if self.in_checkout:
+                target = ROOT / self.get_ext_filename(ext.name)
+                target.unlink(missing_ok=True)
+            wanted = "CUDA 12" if ext.name == "fused._cuda" else "g++ 11"
+            reason = f"the compiler failed (why: pip -v); install {wanted} or newer {AGAIN}"
+            say_without(ext.name.removeprefix("fused."), reason, target.parent)
 
 
 def build_cpu_kernels(target: Path) -> None:
@@ -282,14 +286,12 @@ def build_cuda_kernels(target: Path) -> None:
     build_library([nvcc], flags, CUDA_SOURCES, ["-shared", "-cudart=static"], target)
 
 
+WITHOUT = {"_C": why_not(), "_cuda": why_not_cuda()}
 # `optional`: setuptools goes on when a library is missing.
 extensions = [
-    Extension(name, sources=list(sources), py_limited_api=True, optional=True)
-    for name, sources, reason in (
-        ("fused._C", SOURCES, why_not()),
-        ("fused._cuda", CUDA_SOURCES, why_not_cuda()),
-    )
-    if not reason
+    Extension(f"fused.{name}", sources=list(sources), py_limited_api=True, optional=True)
+    for name, sources in (("_C", SOURCES), ("_cuda", CUDA_SOURCES))
+    if not WITHOUT[name]
 ]
 setup(
     ext_modules=extensions,

@@ -1,27 +1,59 @@
 """Linear → Norm → Activation → Dropout as one operation, forward and backward."""
 
+from .location import search_path
+
+__version__ = "0.1.0"
+__path__ = search_path(__path__)
+
 from . import functional
 from .backend import use_backend
 from .convert import Report, fuse_, unfuse_
-from .ensemble import mc_dropout
-from .fold import fold_
-from .nn import MLP, LinearNormAct, NormAct, Sequential
+from .ensemble import MonteCarlo, mc_dropout
+from .fold import FoldReport, fold_
+from .nn import (
+    MLP,
+    BatchNorm,
+    ChannelDropout,
+    GeGLU,
+    GroupNorm,
+    InstanceNorm,
+    LinearNormAct,
+    NormAct,
+    ReGLU,
+    ReLUSquared,
+    Sequential,
+    SwiGLU,
+)
+from .plan import Entry, Plan
 from .scaler import FeatureScaler
-
-__version__ = "0.1.0"
+from .spec import activations, norms
 
 __all__ = [
     "MLP",
+    "BatchNorm",
+    "ChannelDropout",
+    "Entry",
     "FeatureScaler",
+    "FoldReport",
+    "GeGLU",
+    "GroupNorm",
+    "InstanceNorm",
     "LinearNormAct",
+    "MonteCarlo",
     "NormAct",
+    "Plan",
+    "ReGLU",
+    "ReLUSquared",
     "Report",
     "Sequential",
+    "SwiGLU",
     "__version__",
+    "activations",
     "fold_",
     "functional",
     "fuse_",
     "mc_dropout",
+    "norms",
     "unfuse_",
     "use_backend",
 ]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 
-from . import doctor, tune, tune_linear
+from . import __version__, doctor, tune, tune_linear
 from .convert import fuse_
 
 
@@ -31,7 +32,10 @@ def load_model(target: str) -> nn.Module:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"cannot import {target!r}: {error}") from error
     # A class is called too, so an instance is the only module that is not.
-    model = found if isinstance(found, nn.Module) or not callable(found) else found()
+    try:
+        model = found if isinstance(found, nn.Module) or not callable(found) else found()
+    except TypeError as error:  # above all: it needs arguments
+        raise ValueError(f"cannot call {target!r} without arguments: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{target!r} gives a {type(model).__name__}, not an nn.Module")
     return model
@@ -39,7 +43,10 @@ def load_model(target: str) -> nn.Module:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without × shows ?
     parser = argparse.ArgumentParser(prog="python -m fused")
+    parser.add_argument("--version", action="version", version=f"fused-lnad {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     told = "what serves each operation on this machine, tested; status 0 only when all tests pass"
     command = commands.add_parser("doctor", help=told, description=told)
@@ -62,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the Linears to measure, for example 256,1024,bfloat16,layer",
     )
     command.add_argument("--out", type=Path, help="the table (default: where the rules read it)")
-    command.add_argument("--max-seconds", type=float, default=600.0)
+    told = "when to stop measuring; the table has what was measured until then (default: 600)"
+    command.add_argument("--max-seconds", type=float, default=600.0, help=told)
     given = parser.parse_args(arguments)
     if given.command == "tune":
         unknown = set(given.families) - set(tune.FAMILIES)

@@ -21,11 +21,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
-from . import cuda_library
+from . import cuda_library, location
 from . import ops as _ops
 from .launchers import TRITON, Launchers
 from .spec import ACTIVATION_NAMES, FIRST_GATED
@@ -37,7 +36,7 @@ _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
 }
 _DEVICE_OF = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
-_EXTENSION = Path(__file__).parent / "_C.abi3.so"
+_EXTENSION = location.find("_C")
 _REBUILD = (
     "install a C++20 compiler and run 'pip install --no-build-isolation --force-reinstall"
     " --no-deps fused-lnad' (or the same with '.' in a checkout)"
@@ -55,7 +54,7 @@ def _load_extension() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get("FUSED_DISABLE_EXT") == "1":
         return None, "FUSED_DISABLE_EXT=1 is set"
     if not _EXTENSION.exists():
-        return None, f"the C++ extension was not built; {_REBUILD}"
+        return None, f"the C++ extension was not built; {location.why_missing('_C', _REBUILD)}"
     try:
         torch.ops.load_library(str(_EXTENSION))
         library = ctypes.CDLL(str(_EXTENSION))

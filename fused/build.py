@@ -8,9 +8,39 @@ from typing import Any
 from torch import nn
 
 from .gated import make_gate
-from .guard import ReLUSquared
+from .guard import ACTIVATION, KIND_OF, ReLUSquared, activation_of, activation_reason
 from .norms import BatchNorm, ChannelDropout, GroupNorm, InstanceNorm
-from .spec import ACTIVATIONS, GATED_ACTIVATIONS, NORM_CODES, ROW_NORMS, activation_parameters
+from .spec import (
+    ACTIVATIONS,
+    GATED_ACTIVATIONS,
+    ROW_NORMS,
+    activation_name,
+    activation_parameters,
+    activations,
+)
+
+
+def named_activation(
+    activation: str | nn.Module | None, given: dict[str, float]
+) -> tuple[str | None, dict[str, float]]:
+    """The name of an activation given by name or as a module, and the parameters: its or those.
+
+    Raises:
+        ValueError: a module that is none of the known activations.
+        TypeError: parameters with a module, which has its own.
+    """
+    if not isinstance(activation, nn.Module):
+        return activation_name(activation), given
+    if KIND_OF.get(type(activation)) != ACTIVATION:
+        known = ", ".join(activations())
+        raise ValueError(f"unknown activation {activation}; known are the modules of: {known}")
+    reason = activation_reason(activation, first=False)
+    if reason:
+        raise ValueError(f"activation {activation} cannot be taken: {reason}")
+    if given:
+        raise TypeError(f"activation {activation} has its own parameters; got {', '.join(given)}")
+    name, parameters = activation_of(activation)
+    return name, dict(parameters)
 
 
 def make_activation(
@@ -60,9 +90,6 @@ def make_norm(
     **where: Any,
 ) -> nn.Module | None:
     """The norm's module; raises for options that it does not have. where: device and dtype."""
-    if norm not in NORM_CODES:
-        names = ", ".join(repr(k) for k in NORM_CODES if k)
-        raise ValueError(f"unknown norm {norm!r}; known: {names}, or None")
     given = {key: value for key, value in options.items() if value != _NORM_DEFAULTS[key]}
     for key in given:
         if key not in _NORM_OPTIONS.get(norm or "", ("eps", "affine")):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from inspect import signature
 from numbers import Real
 from typing import Any
 
@@ -14,13 +16,30 @@ from . import synchronize
 from .autograd import Codes
 from .dispatch import default_eps, make_codes
 from .running import ChannelNorm
-from .spec import ACTIVATION_NAMES, CHANNEL_NORMS, is_gated, is_nan
+from .spec import ACTIVATION_NAMES, CHANNEL_NORMS, PARAMETER_NAMES, is_gated, is_nan
 
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
+
+
+def check_keywords(operation: str, given: Iterable[str], function: Callable[..., Any]) -> None:
+    """Names what neither the function nor any activation takes, and what may have been meant.
+
+    Raises:
+        TypeError: there is such a keyword.
+    """
+    if PARAMETER_NAMES.issuperset(given):
+        return
+    taken = [p.name for p in signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
+    known = [*taken, *sorted(PARAMETER_NAMES)]
+    for name in given:
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+            raise TypeError(f"{operation}: unknown argument {name!r}; {hint}")
 
 
 def check_float(name: str, operation: str, t: Tensor) -> None:

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .chain import Chain
+from .guard import KIND_OF, LINEAR, NORM
 from .nn import Sequential
-from .plan import Entry, make_entry, make_steps
+from .plan import Entry, make_entry, make_steps, printable
 
 __all__ = ["Report", "fuse_", "unfuse_"]
+
+_NAMED = 4  # classes in a report
 
 
 @dataclass
@@ -23,11 +26,14 @@ class Report:
     Attributes:
         modules: the path of each converted (or, in a dry run, convertible) Sequential → the module.
         skipped: the path of each Sequential that was left alone → why.
+        elsewhere: the class of each other module that calls norms, activations or dropouts itself →
+            how many of each, which fuse_ cannot reach.
     """
 
     modules: dict[str, nn.Sequential] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     dry_run: bool = False
+    elsewhere: dict[str, list[int]] = field(default_factory=dict)
 
     def entries(self) -> list[tuple[str, Entry]]:
         """(path, entry) of every chain, as it stands now."""
@@ -52,9 +58,35 @@ class Report:
         lines = [f"{self.fused} of {len(entries)} chains {verb}"]
         lines += [f"  {path or '(the model itself)'} {entry}" for path, entry in entries]
         lines += [f"  {path or '(the model itself)'}: {why}" for path, why in self.skipped.items()]
+        if self.elsewhere:
+            norms, activations, dropouts = map(sum, zip(*self.elsewhere.values(), strict=True))
+            names = ", ".join([*self.elsewhere][:_NAMED]) + ", …" * (len(self.elsewhere) > _NAMED)
+            lines.append(
+                f"{norms} norms, {activations} activations, {dropouts} dropouts are called in the"
+                f" forward of other modules ({names}), which fuse_ does not change; use"
+                " fused.LinearNormAct or fused.NormAct there"
+            )
         if any(entry.fused_calls or entry.unfused_calls for _, entry in entries):
             lines.append("calls of a compiled model are not counted")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
+
+
+def _elsewhere(model: nn.Module) -> dict[str, list[int]]:
+    """Class → norms, activations and dropouts that its modules hold outside nn.Sequentials."""
+    found: dict[str, list[int]] = {}
+    owners, seen = [(model, type(model).__name__)], {model}
+    while owners:
+        module, owner = owners.pop(0)
+        for child in module.children():
+            kind = KIND_OF.get(type(child), LINEAR)
+            if kind != LINEAR and not isinstance(module, nn.Sequential):
+                found.setdefault(owner, [0, 0, 0])[kind - NORM] += 1
+            if child not in seen:
+                seen.add(child)
+                # A list does not call what it holds.
+                holder = isinstance(child, nn.ModuleList | nn.ModuleDict)
+                owners.append((child, owner if holder else type(child).__name__))
+    return found
 
 
 def fuse_(
@@ -80,7 +112,7 @@ def fuse_(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse_: model must be an nn.Module, got {type(model).__name__}")
-    report = Report(dry_run=dry_run)
+    report = Report(dry_run=dry_run, elsewhere=_elsewhere(model))
     for path, module in model.named_modules():
         if not isinstance(module, nn.Sequential):
             continue
@@ -91,7 +123,9 @@ def fuse_(
         if type(module) is not nn.Sequential:
             if chains:
                 name = type(module).__name__
-                report.skipped[path] = f"{name} is a subclass of nn.Sequential; left as it is"
+                own = type(module).forward is not nn.Sequential.forward
+                why = " with a forward of its own" if own else "; derive it from fused.Sequential"
+                report.skipped[path] = f"{name} is a subclass of nn.Sequential{why}; left as it is"
             continue
         if "forward" in module.__dict__:
             report.skipped[path] = "its forward was replaced; left as it is"

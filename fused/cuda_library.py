@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LIBRARY = Path(__file__).parent / "_cuda.abi3.so"
+from . import location
+
+LIBRARY = location.find("_cuda")
 _REBUILD = (
     "install nvcc and run 'pip install --no-build-isolation --force-reinstall --no-deps fused-lnad'"
     " (or the same with '.' in a checkout)"
@@ -133,7 +135,8 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get("FUSED_DISABLE_EXT") == "1":
         return None, "FUSED_DISABLE_EXT=1 is set"
     if not LIBRARY.exists():
-        return None, f"the CUDA C++ kernels were not built; {_REBUILD}"
+        why = location.why_missing("_cuda", _REBUILD)
+        return None, f"the CUDA C++ kernels were not built; {why}"
     try:
         return open_library(LIBRARY), ""
     except OSError as error:

@@ -13,6 +13,7 @@ from .channel import drop_channels, run_channel, run_linear_channel
 from .checks import (
     after_cast,
     check_float,
+    check_keywords,
     check_mask,
     check_norm_parameters,
     check_parameter,
@@ -29,7 +30,7 @@ from .dispatch import chain, linear_chain
 from .jagged import on_jagged_values
 from .random import dropout_mask as _dropout_mask
 from .running import ChannelNorm
-from .spec import CHANNEL_NORMS, is_gated
+from .spec import CHANNEL_NORMS, activation_name, is_gated, norm_name
 
 __all__ = ["dropout_mask", "linear_norm_act", "norm_act"]
 
@@ -80,7 +81,7 @@ def linear_norm_act(  # noqa: PLR0913  torch's names, each an argument
         momentum: the weight of new statistics in the running ones.
         virtual_batch_size: batch norm over parts of at most this many samples.
         process_group: batch norm over all processes of a torch.distributed group.
-        activation: a name of `fused.spec.ACTIVATIONS` or `GATED_ACTIVATIONS`, or None. A gated one
+        activation: a name of `fused.activations()`, in any case, or None. A gated one
             halves the features behind the norm: those of residual and result are N / 2.
         p: dropout probability; acts when `training` is true.
         channel_dropout: whole features of a sample are dropped, over all its positions.
@@ -100,6 +101,8 @@ def linear_norm_act(  # noqa: PLR0913  torch's names, each an argument
         TypeError: dtypes that are not floating point or do not match.
     """
     operation = "linear_norm_act"
+    check_keywords(operation, activation_parameters, linear_norm_act)
+    norm, activation = norm_name(norm), activation_name(activation)
     check_float("x", operation, x)
     check_float("weight", operation, weight)
     if weight.dim() != 2:
@@ -219,6 +222,8 @@ def norm_act(  # noqa: PLR0913
         ValueError, TypeError: as `linear_norm_act`.
     """
     operation = "norm_act"
+    check_keywords(operation, activation_parameters, norm_act)
+    norm, activation = norm_name(norm), activation_name(activation)
     check_float("z", operation, z)
     channelwise = norm in CHANNEL_NORMS
     shape = checked_shape(operation, z, channelwise, channel_dim, normalized_shape, norm_weight)

@@ -13,6 +13,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from .spec import norm_name
+
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 _PADDED = (
     "takes padded tensors with a mask, not jagged ones; pad the input with"
@@ -82,7 +84,8 @@ def on_jagged_values(first: str) -> Callable[[Function], Function]:
             options.pop(first, None)
             name = function.__name__
             drops = bool(options.get("channel_dropout"))
-            values = values_of(name, x, options.get("norm"), options.pop("mask", None), drops)
+            norm = norm_name(options.get("norm"))
+            values = values_of(name, x, norm, options.pop("mask", None), drops)
             residual = residual_values(name, x, options.pop("residual", None))
             if first == "z":  # its channels are where it is told, those of a product the last
                 options["channel_dim"] = -1

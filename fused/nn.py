@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .block import Block, Built
-from .build import make_activation, make_dropout, make_norm
+from .build import make_activation, make_dropout, make_norm, named_activation
+from .checks import check_keywords
 from .gated import GeGLU, ReGLU, SwiGLU
 from .guard import ReLUSquared
 from .jagged import is_jagged
 from .norms import BatchNorm, ChannelDropout, GroupNorm, InstanceNorm
+from .plan import Entry, Plan
 from .sequential import Sequential
-from .spec import CHANNEL_NORMS, GATED_ACTIVATIONS
+from .spec import CHANNEL_NORMS, GATED_ACTIVATIONS, norm_name
 
 __all__ = [
     "MLP",
     "BatchNorm",
     "ChannelDropout",
+    "Entry",
     "GeGLU",
     "GroupNorm",
     "InstanceNorm",
     "LinearNormAct",
     "NormAct",
+    "Plan",
     "ReGLU",
     "ReLUSquared",
     "Sequential",
@@ -47,9 +52,9 @@ class LinearNormAct(Block):
             "instance" (each feature of a sample, over its positions), "group" (groups of features
             of a sample, over its positions) or None. The first dimension of the input is the
             samples, those between first and last are positions.
-        activation: a name of `fused.spec.ACTIVATIONS` or `GATED_ACTIVATIONS`, or None. With a gated
-            one Linear and norm have 2N features, of which the first N are multiplied by the
-            activation of the others.
+        activation: a name of `fused.activations()` in any case, a module such as nn.LeakyReLU(0.2),
+            whose parameters are taken, or None. With a gated one Linear and norm have 2N features,
+            of which the first N are multiplied by the activation of the others.
         dropout: probability; 0 leaves the child out.
         channel_dropout: probability with which a feature of a sample is dropped as a whole.
         bias: whether the Linear has one.
@@ -76,7 +81,7 @@ class LinearNormAct(Block):
         out_features: int,
         *,
         norm: str | None = None,
-        activation: str | None = None,
+        activation: str | nn.Module | None = None,
         dropout: float = 0.0,
         channel_dropout: float = 0.0,
         bias: bool = True,
@@ -100,6 +105,9 @@ class LinearNormAct(Block):
             "virtual_batch_size": virtual_batch_size,
             "process_group": process_group,
         }
+        check_keywords("LinearNormAct", activation_parameters, LinearNormAct)
+        norm = norm_name(norm)
+        activation, activation_parameters = named_activation(activation, activation_parameters)
         where = {"device": device, "dtype": dtype}
         features = out_features * (2 if activation in GATED_ACTIVATIONS else 1)
         super().__init__(
@@ -143,7 +151,7 @@ class NormAct(Block):
         num_features: int | Sequence[int],
         *,
         norm: str | None = None,
-        activation: str | None = None,
+        activation: str | nn.Module | None = None,
         dropout: float = 0.0,
         channel_dropout: float = 0.0,
         eps: float | None = None,
@@ -167,6 +175,9 @@ class NormAct(Block):
             "virtual_batch_size": virtual_batch_size,
             "process_group": process_group,
         }
+        check_keywords("NormAct", activation_parameters, NormAct)
+        norm = norm_name(norm)
+        activation, activation_parameters = named_activation(activation, activation_parameters)
         where = {"device": device, "dtype": dtype}
         last = num_features if isinstance(num_features, int) else num_features[-1]
         if activation in GATED_ACTIVATIONS and last % 2:
@@ -191,7 +202,7 @@ class MLP(Built):
 
     Args:
         in_features: K of the first block.
-        hidden_features: N of each block.
+        hidden_features: N of each block; a number is one block.
         out_features: N of the last Linear; None leaves it out.
         norm, activation, dropout, bias, **options: of every block, as in `LinearNormAct`.
 
@@ -209,17 +220,21 @@ class MLP(Built):
     def __init__(
         self,
         in_features: int,
-        hidden_features: Sequence[int],
+        hidden_features: int | Sequence[int],
         out_features: int | None = None,
         *,
         norm: str | None = "layer",
-        activation: str | None = "gelu",
+        activation: str | nn.Module | None = "gelu",
         dropout: float = 0.0,
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
         **options: Any,
     ) -> None:
+        taken = signature(LinearNormAct).parameters
+        check_keywords("MLP", [key for key in options if key not in taken], MLP)
+        if isinstance(hidden_features, int):
+            hidden_features = [hidden_features]
         layers: list[nn.Module] = []
         previous = in_features
         for features in hidden_features:

@@ -7,6 +7,7 @@ every call (chain.py).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,15 @@ from .channel_chain import ChannelChain, is_channel_chain
 from .guard import KIND_OF
 
 _MINIMUM = 2
+
+
+def printable(text: str) -> str:
+    """The text as the terminal can show it: on one without arrows, → becomes ->."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return text.replace("→", "->")
+    return text
 
 
 @dataclass
@@ -80,7 +90,7 @@ class Entry:
         calls = f"; {self.fused_calls} calls fused, {self.unfused_calls} not"
         counted = calls if self.fused_calls or self.unfused_calls else ""
         reason = f": {self.reason}" if self.reason else ""
-        return f"[{where}] {self.chain}: {state}{reason}{counted}"
+        return printable(f"[{where}] {self.chain}: {state}{reason}{counted}")
 
 
 class Plan(list[Entry]):

@@ -168,10 +168,13 @@ class FeatureScaler(nn.Module):
             total = len(data)  # type: ignore[arg-type]
         except TypeError:  # a generator, or a DataLoader over a stream
             total = 0
-        shown = sys.stderr.isatty() if progress is None else progress
-        with Progress("fit", total, sys.stderr if shown else None) as bar:
+        stream = sys.stderr if progress or (progress is None and sys.stderr.isatty()) else None
+        with Progress("fit", total, stream) as bar:
             for batch in data:
                 x = batch[0] if isinstance(batch, tuple | list) and batch else batch
+                if not isinstance(x, Tensor):
+                    got = f"a {type(data).__name__} of {type(batch).__name__}; use torch.as_tensor"
+                    raise TypeError(f"FeatureScaler.fit: data must be or give tensors, got {got}")
                 self.partial_fit(x)
                 bar.advance(x.numel() // self.num_features)
         return self
@@ -233,9 +236,8 @@ class FeatureScaler(nn.Module):
     def _check(self, operation: str, x: Any) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(
-                f"FeatureScaler.{operation}: x must be a floating-point tensor, got {got}"
-            )
+            expected = "x must be a floating-point tensor"
+            raise TypeError(f"FeatureScaler.{operation}: {expected}, got {got}")
         if x.dim() < 1 or x.shape[-1] != self.num_features:
             raise ValueError(
                 f"FeatureScaler.{operation}: x must be (..., {self.num_features}),"

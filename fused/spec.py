@@ -99,6 +99,50 @@ NORM_CODES: dict[str | None, int] = {None: 0} | {
 }
 NORM_NAMES: dict[int, str | None] = {code: name for name, code in NORM_CODES.items()}
 
+
+def activations() -> list[str]:
+    """The names of all activations, the gated ones last."""
+    return [*ACTIVATIONS, *GATED_ACTIVATIONS]
+
+
+def norms() -> list[str]:
+    """The names of all norms."""
+    return [*ROW_NORMS, *CHANNEL_NORMS]
+
+
+PARAMETER_NAMES = frozenset(key for a in ACTIVATIONS.values() for key, _ in a.parameters)
+# As torch's classes are spelled, LeakyReLU for one.
+_SPELLINGS = {name.replace("_", ""): name for name in activations()}
+
+
+def activation_name(given: str | None) -> str | None:
+    """The name of an activation that is written in any case, with or without underscores.
+
+    Raises:
+        ValueError: unknown activation (the message lists the known ones).
+    """
+    if given is None or (isinstance(given, str) and given in _CODES):
+        return given
+    name = _SPELLINGS.get(given.lower().replace("_", "")) if isinstance(given, str) else None
+    if name is None:
+        raise ValueError(
+            f"unknown activation {given!r}; known: {', '.join(activations())}, or None"
+        )
+    return name
+
+
+def norm_name(given: str | None) -> str | None:
+    """The name of a norm that is written in any case.
+
+    Raises:
+        ValueError: unknown norm (the message lists the known ones).
+    """
+    name = given.lower() if isinstance(given, str) else given
+    if name is not None and name not in norms():
+        raise ValueError(f"unknown norm {given!r}; known: {', '.join(map(repr, norms()))}, or None")
+    return name
+
+
 # A dropout decision compares a 16-bit random number with this many thresholds.
 DROPOUT_LEVELS = 1 << 16
 
@@ -176,8 +220,9 @@ def known_parameters(activation: str | None) -> tuple[tuple[str, float], ...]:
         return ()
     if activation in ACTIVATIONS:
         return ACTIVATIONS[activation].parameters
-    names = ", ".join((*ACTIVATIONS, *GATED_ACTIVATIONS))
-    raise ValueError(f"unknown activation {activation!r}; known: {names}, or None")
+    raise ValueError(
+        f"unknown activation {activation!r}; known: {', '.join(activations())}, or None"
+    )
 
 
 def activation_parameters(activation: str | None, given: dict[str, float]) -> tuple[float, float]:
@@ -211,9 +256,7 @@ def make_epilogue(
         ValueError: unknown norm or activation, or p outside [0, 1].
         TypeError: a parameter that the activation does not have.
     """
-    if norm not in NORM_CODES:
-        names = ", ".join(repr(k) for k in NORM_CODES if k)
-        raise ValueError(f"unknown norm {norm!r}; known: {names}, or None")
+    norm = norm_name(norm)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     alpha, beta = activation_parameters(activation, dict(parameters))

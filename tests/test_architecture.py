@@ -30,8 +30,8 @@ SOURCES += ("setup.py",)
 LONGER: dict[str, tuple[int, str]] = {}
 
 # Each module may import only those before it.
-ORDER = ["spec", "random", "layout", "reference", "moments", "synchronize", "launchers", "ops"]
-ORDER += ["cuda_library", "cuda_row", "cuda_channel", "cuda_channel_backward", "backend"]
+ORDER = ["location", "spec", "random", "layout", "reference", "moments", "synchronize", "launchers"]
+ORDER += ["ops", "cuda_library", "cuda_row", "cuda_channel", "cuda_channel_backward", "backend"]
 ORDER += ["autograd", "autocast", "gemm", "linear", "running", "small", "dispatch", "gated"]
 ORDER += ["linear_channel", "checks", "channel_composite", "channel", "jagged", "functional"]
 ORDER += ["norms", "guard", "stages", "chain", "channel_chain", "plan", "sequential", "block"]
@@ -46,7 +46,8 @@ def relative_imports(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1, "the package is flat"
             for name in [node.module] if node.module else [a.name for a in node.names]:
-                yield name.partition(".")[0]
+                if name != "__version__":  # the package's own, which it has before any import
+                    yield name.partition(".")[0]
         elif isinstance(node, ast.ImportFrom | ast.Import):
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names]

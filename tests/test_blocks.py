@@ -10,6 +10,7 @@ from sequentials import assert_same
 from torch import nn
 
 import fused
+from fused import functional as F
 
 
 def test_blocks_have_named_children_and_equal_plain_torch() -> None:
@@ -63,13 +64,92 @@ def test_residual_equals_nn_sequential_plus_residual(norm: str | None, shared: b
     [
         (lambda: fused.LinearNormAct(4, 4, norm="layr"), ValueError, "'layer', 'rms'"),
         (lambda: fused.LinearNormAct(4, 4, activation="gelo"), ValueError, "gelu_tanh"),
-        (lambda: fused.NormAct(4, activation="relu", slope=1), TypeError, "no parameters"),
+        (lambda: fused.NormAct(4, activation="relu", alpha=1), TypeError, "no parameters"),
+        (
+            lambda: fused.NormAct(4, slope=1),
+            TypeError,
+            "NormAct: unknown argument 'slope'; known: ",
+        ),
+        (lambda: fused.LinearNormAct(4, 4, nrom="layer"), TypeError, "'nrom'; did you mean 'norm'"),
+        (lambda: fused.MLP(4, [4], nrom="rms"), TypeError, "MLP: unknown argument 'nrom'"),
+        (lambda: fused.NormAct(4, activation=nn.Softmax(-1)), ValueError, "relu6"),
+        (lambda: fused.NormAct(4, activation=nn.Linear(4, 4)), ValueError, "relu6"),
+        (lambda: fused.NormAct(4, activation=nn.ELU(), alpha=1), TypeError, "its own parameters"),
+        (lambda: fused.NormAct(4, activation=nn.GELU), ValueError, "unknown activation"),
         (lambda: fused.MLP(4, [4], dropout=1.5), ValueError, "between 0 and 1"),
     ],
 )
 def test_wrong_arguments(make: object, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.GELU(),
+        nn.GELU(approximate="tanh"),
+        nn.LeakyReLU(0.2),
+        nn.Softplus(2.0, 5.0),
+        fused.ReLUSquared(),
+        fused.SwiGLU(),
+        fused.GeGLU(approximate="tanh"),
+    ],
+    ids=str,
+)
+def test_activations_as_modules(module: nn.Module) -> None:
+    for block in (
+        fused.LinearNormAct(4, 4, norm="layer", activation=module),
+        fused.NormAct(4, norm="layer", activation=module),
+        fused.MLP(4, [4, 4], activation=module)[1],
+    ):
+        assert repr(block.act) == repr(module)
+        assert block.act is not module  # the blocks of an MLP share nothing
+        assert block.plan()[0].fused
+
+
+@pytest.mark.parametrize("spelled", ["GELU_tanh", "LeakyReLU", "SiLU", "SwiGLU", "ReLU_Squared"])
+def test_names_in_any_case(spelled: str) -> None:
+    plain = spelled.lower().replace("_", "")
+    (name,) = [n for n in fused.activations() if n.replace("_", "") == plain]
+    x, weight = torch.randn(3, 4), torch.randn(4, 4)
+    for norm in fused.norms()[:2]:
+        a = fused.LinearNormAct(4, 4, norm=norm.upper(), activation=spelled)
+        b = fused.LinearNormAct(4, 4, norm=norm, activation=name)
+        assert repr(a) == repr(b)
+        got = F.linear_norm_act(x, weight, norm=norm.title(), activation=spelled)
+        assert torch.equal(got, F.linear_norm_act(x, weight, norm=norm, activation=name))
+        got = F.norm_act(x, norm=norm.upper(), activation=spelled)
+        assert torch.equal(got, F.norm_act(x, norm=norm, activation=name))
+    with pytest.raises(
+        TypeError, match="norm_act: unknown argument 'atcivation'; did you mean 'act"
+    ):
+        F.norm_act(x, atcivation="relu")
+    with pytest.raises(ValueError, match="unknown activation GELU"):
+        F.norm_act(x, activation=nn.GELU())  # type: ignore[arg-type]
+
+
+def test_one_hidden_layer_as_a_number() -> None:
+    assert repr(fused.MLP(4, 8, 2)) == repr(fused.MLP(4, [8], 2))
+
+
+def test_public_names() -> None:
+    """What functions return and blocks are made of has a public place, for type hints."""
+    assert set(fused.nn.__all__) <= set(fused.__all__) and fused.__all__ == [
+        *dict.fromkeys(fused.__all__)
+    ]
+    model = fused.MLP(4, 8, 2).eval()
+    plan = model.plan()
+    assert type(plan) is fused.Plan and type(plan[0]) is fused.Entry
+    assert type(fused.fold_(model)) is fused.FoldReport
+    assert (
+        type(fused.mc_dropout(fused.MLP(4, 8, 2, dropout=0.1), torch.ones(1, 4), 2))
+        is fused.MonteCarlo
+    )
+    for name in fused.activations():
+        fused.LinearNormAct(4, 4, activation=name)
+    for name in fused.norms():
+        fused.NormAct(4, norm=name, num_groups=2 if name == "group" else None)
 
 
 @pytest.mark.parametrize("fused_path", [True, False], ids=["fused", "one by one"])

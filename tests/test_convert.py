@@ -31,6 +31,10 @@ class Model(nn.Module):
         return self.head(x)
 
 
+class Plain(nn.Sequential):
+    """Keeps the forward of nn.Sequential."""
+
+
 class Own(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * 2
@@ -114,7 +118,7 @@ def test_where_and_subclasses_are_reported() -> None:
     report = fused.fuse_(model, where=lambda path, module: path != "1")
     assert report.modules == {}
     text = str(report)
-    assert "0: Own is a subclass of nn.Sequential" in text
+    assert "0: Own is a subclass of nn.Sequential with a forward of its own" in text
     assert "1: left out by `where`" in text and "2: its forward was replaced" in text
     assert torch.equal(model(x), expected)
 
@@ -135,3 +139,23 @@ def test_the_model_itself() -> None:
     model[1].register_forward_hook(lambda m, a, o: o)
     model(torch.randn(2, 4))
     assert "not fused: child '1': it has forward hooks" in str(report)
+
+
+def test_what_other_modules_call_is_counted() -> None:
+    """fuse_ reads no forward but nn.Sequential's; a report of zeros would not say so."""
+    layers = [nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2)]
+    layers[1].extra = nn.ModuleList([nn.GELU(), nn.ModuleList([nn.BatchNorm1d(8)])])
+    model = nn.Sequential(*layers, nn.LayerNorm(8), fused.NormAct(8, norm="rms", activation="relu"))
+    report = fused.fuse_(model, dry_run=True)
+    assert report.elsewhere == {"TransformerEncoderLayer": [5, 1, 6]}
+    said = (
+        "5 norms, 1 activations, 6 dropouts are called in the forward of other modules"
+        " (TransformerEncoderLayer), which fuse_ does not change; use fused.LinearNormAct"
+    )
+    assert said in str(report)
+    assert "other modules" not in str(fused.fuse_(nn.Sequential(nn.Linear(4, 4), nn.ReLU())))
+
+
+def test_a_subclass_that_keeps_the_forward_is_told_what_to_do() -> None:
+    report = fused.fuse_(nn.ModuleList([Plain(nn.Linear(4, 4), nn.ReLU())]))
+    assert "0: Plain is a subclass of nn.Sequential; derive it from fused.Sequential" in str(report)

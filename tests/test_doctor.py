@@ -198,6 +198,9 @@ def build():
 
 ready = build()
 number = 3
+
+def sized(size):
+    return build()
 """
 
 
@@ -228,6 +231,7 @@ def test_fuse_prints_the_dry_run(
         ("no_such_module:build", "cannot import"),
         ("some_model:absent", "cannot import"),
         ("some_model:number", "gives a int, not an nn.Module"),
+        ("some_model:sized", "without arguments: sized() missing 1 required"),
     ],
 )
 def test_fuse_says_what_is_wrong(
@@ -242,3 +246,24 @@ def test_fuse_says_what_is_wrong(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_version_and_an_ascii_terminal(model_path: str) -> None:
+    """Arrows and × cannot be shown there; nothing may fail for that."""
+    code = (
+        "import fused, some_model; from fused.__main__ import main, doctor\n"
+        "model = fused.Sequential(*some_model.build()); print(model.plan())\n"
+        "print(fused.fuse_(model)); main(['fuse', 'some_model:build'])\n"
+        "doctor.examine = list; doctor.main()\n"
+        "main(['--version'])"
+    )
+    paths = [model_path, str(Path(fused.__file__).parents[1])]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("linear -> layer -> relu") == 3
+    assert done.stdout.splitlines()[-1] == f"fused-lnad {fused.__version__}"

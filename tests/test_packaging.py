@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from email.parser import Parser
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
 
 import fused
 
@@ -25,7 +29,7 @@ WITHOUT = "fused-lnad: installing without the C++ kernels"
 
 
 def copy_sources(target: Path) -> Path:
-    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    ignore = shutil.ignore_patterns("*.so", "*.missing", "__pycache__")
     for name in ("fused", "kernels", "csrc"):
         shutil.copytree(ROOT / name, target / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
@@ -69,10 +73,23 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
+def run_python(code: str, folder: Path, site: Path | None = None) -> str:
+    """What Python prints when it runs the code in a folder, with a site folder behind that one."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(site or "")},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
 def test_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
     expected = {f"fused/{path.name}" for path in (ROOT / "fused").glob("*.py")}
     expected |= {f"fused/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    expected.add("fused/py.typed")
+    expected |= {"fused/py.typed", "fused/_C.missing", "fused/_cuda.missing"}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert held == expected
@@ -124,17 +141,68 @@ def test_installed_wheel_works_outside_the_checkout(installed: Path, tmp_path: P
         "y = fused.LinearNormAct(8, 16, norm='layer', activation='gelu')(torch.randn(4, 8))\n"
         "print(fused.__file__, tuple(y.shape), importlib.util.find_spec('fused.kernels').origin)"
     )
+    package = installed / "fused"
+    expected = f"{package}/__init__.py (4, 16) {package}/kernels/__init__.py"
+    assert run_python(code, tmp_path, installed) == expected
+
+
+WHERE = """
+import warnings; warnings.simplefilter("ignore")
+import fused, fused.kernels
+print(fused.__file__, fused.kernels.__file__)
+print(fused.backend.cpu_isa(), fused.backend.why_not("cpp", "cpu", __import__("torch").float32))
+"""
+
+
+@pytest.mark.parametrize("with_library", [True, False], ids=["built", "not built"])
+def test_a_checkout_in_front_of_the_installed_package(
+    installed: Path, tmp_path: Path, with_library: bool
+) -> None:
+    """From the root of a clone ./fused is found first; kernels/ and csrc/ are beside it."""
+    library = PACKAGE / "_C.abi3.so"
+    if with_library and not library.exists():
+        pytest.skip("the C++ extension is not built")
+    site = shutil.copytree(installed, tmp_path / "site")
+    if with_library:
+        shutil.copy(library, site / "fused")
+    checkout = copy_sources(tmp_path / "checkout")
+    # Other builds leave their metadata in a checkout, which Python finds first.
+    (metadata,) = site.glob("*.dist-info/METADATA")
+    (checkout / "fused_lnad.egg-info").mkdir()
+    shutil.copy(metadata, checkout / "fused_lnad.egg-info" / "PKG-INFO")
+    where, served = run_python(WHERE, checkout, site).splitlines()
+    assert where == f"{checkout}/fused/__init__.py {checkout}/kernels/__init__.py"
+    if with_library:
+        assert served == fused.backend.cpu_isa()
+    else:
+        assert "the build said: FUSED_NO_EXT=1 is set" in served
+
+
+@pytest.mark.full
+def test_a_checkout_that_was_never_built(tmp_path: Path) -> None:
+    checkout = copy_sources(tmp_path / "checkout")
+    where, served = run_python(WHERE, checkout).splitlines()
+    assert where == f"{checkout}/fused/__init__.py {checkout}/kernels/__init__.py"
+    assert served.startswith("None the C++ extension was not built; install a C++20 compiler")
+
+
+def test_source_distribution_holds_what_readme_links(tmp_path: Path) -> None:
+    sources = copy_sources(tmp_path / "sources")
+    shutil.copytree(ROOT / "docs", sources / "docs")
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(installed)},
-        cwd=tmp_path,
+        [sys.executable, "setup.py", "--quiet", "sdist"],
+        env=os.environ | {"FUSED_NO_EXT": "1"},
+        cwd=sources,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    package = installed / "fused"
-    expected = f"{package}/__init__.py (4, 16) {package}/kernels/__init__.py"
-    assert done.stdout.strip() == expected
+    (path,) = (sources / "dist").glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    linked = re.findall(r"\]\((docs/[^)#]+)", (ROOT / "README.md").read_text())
+    assert linked and set(linked) <= held
+    assert {"setup.py", "kernels/__init__.py", "csrc/row.cpp", "LICENSE"} <= held
 
 
 def test_kernels_folder_refuses_its_own_name() -> None:
@@ -147,11 +215,34 @@ def test_kernels_folder_refuses_its_own_name() -> None:
     assert "fused.kernels" in done.stderr.splitlines()[-1]
 
 
+def functions_of_setup(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """setup.py's functions; nothing is built."""
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.parametrize("compiler", [["g++"], None], ids=["compiler", "no compiler"])
+@pytest.mark.parametrize("torch", [Path("torch"), None], ids=["torch", "no torch"])
+def test_the_build_names_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, torch: Path | None, compiler: list[str] | None
+) -> None:
+    monkeypatch.delenv("FUSED_NO_EXT", raising=False)
+    why_not = functions_of_setup(monkeypatch)["why_not"]
+    monkeypatch.setitem(why_not.__globals__, "find_torch", lambda: torch)
+    monkeypatch.setitem(why_not.__globals__, "find_compiler", lambda: compiler)
+    reason = why_not()
+    assert ("no torch" in reason) == (torch is None)
+    assert ("no C++ compiler" in reason) == (compiler is None)
+    assert ("--no-build-isolation" in reason) == (torch is None or compiler is None)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [("/nonexistent/c++", "no C++ compiler was found"), ("false", "the compiler failed")],
 )
 def test_installs_without_a_working_compiler(tmp_path: Path, compiler: str, reason: str) -> None:
+    """The reason is said by the build, which pip seldom shows, and again where it is imported."""
     wheel, output = build_wheel(copy_sources(tmp_path), CXX=compiler, FUSED_NO_EXT="")
     said = [line.strip() for line in output.splitlines() if WITHOUT in line]
     assert len(said) == 1
@@ -159,6 +250,7 @@ def test_installs_without_a_working_compiler(tmp_path: Path, compiler: str, reas
     assert "pip install --no-build-isolation" in said[0]
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if name.endswith(".so")]
+        assert archive.read("fused/_C.missing").decode() in said[0]
 
 
 def test_extension_is_built_where_there_is_a_compiler() -> None:

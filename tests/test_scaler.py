@@ -309,7 +309,11 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: FeatureScaler(2, "minmax", feature_range=(1, 1)), ValueError, "low < high"),
         (lambda: FeatureScaler(2).partial_fit(torch.ones(2, 3)), ValueError, r"must be \(..., 2\)"),
         (lambda: FeatureScaler(2).fit(torch.ones(())), ValueError, r"got \(\)"),
-        (lambda: FeatureScaler(2).fit([[1.0, 2.0]]), TypeError, "floating-point tensor, got float"),
+        (
+            lambda: FeatureScaler(2).fit([[1.0, 2.0]]),
+            TypeError,
+            "a list of list; use torch.as_tensor",
+        ),
         (lambda: FeatureScaler(2)(torch.ones(2, 2).int()), TypeError, "got torch.int32"),
         (lambda: FeatureScaler(2).synchronize(), RuntimeError, "no process group"),
     ],
@@ -355,3 +359,9 @@ def test_processes(tmp_path: Path) -> None:
             assert all(torch.equal(ours[0][k].nan_to_num(), other[k].nan_to_num()) for k in other)
         assert_equal(ours[0]["y"], formula(x, mode))
         assert torch.equal(ours[0]["count"], FeatureScaler(FEATURES).fit(x).count)
+
+
+def test_fit_of_a_list_says_what_to_pass() -> None:
+    for data, got in (([[1.0, 2.0]], "list of list"), ([1.0, 2.0], "list of float")):
+        with pytest.raises(TypeError, match=f"FeatureScaler.fit: data .*{got}.*torch.as_tensor"):
+            FeatureScaler(2).fit(data)
