@@ -21,7 +21,6 @@ from torch import Tensor
 
 from . import ops, reference, synchronize
 from .backend import request
-from .layout import Layout, apply_layout, undo_layout
 from .spec import ACTIVATION_NAMES, NORM_NAMES, ChannelEpilogue, Epilogue
 
 Codes = tuple[int, float, int, float, float, int]
@@ -48,7 +47,8 @@ def channel_epilogue_of(codes: ChannelCodes) -> ChannelEpilogue:
 
 def contiguous_rows(t: Tensor) -> Tensor:
     """t itself when the elements of each row are adjacent, else a contiguous copy."""
-    return t if t.stride(-1) == 1 else t.contiguous()
+    # Not contiguous(), which takes an empty tensor of any strides for contiguous.
+    return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
 
 
 def _asked(t: Tensor) -> str | None:
@@ -170,10 +170,12 @@ def _gradients_of(
 
 
 class ChannelFunction(torch.autograd.Function):
-    """residual + dropout(activation(norm(x))), x as the three dimensions of a `Layout`.
+    """residual + dropout(activation(norm(z))), z and residual as the operators take them.
 
-    `bias` is as in `RowFunction`, one for each channel. With `mean` and `variance` given the norm
-    is by constants, else by the statistics of x, over all processes of `group` where there is one.
+    Views are made outside, so that what the user gets is no view of a function's output, and may be
+    written to in place. `bias` is as in `RowFunction`, one for each channel. With `mean` and
+    `variance` given the norm is by constants, else by the statistics of z, over all processes of
+    `group` where there is one.
 
     Returns:
         y; where `learns`, also mean, variance and count as the operators give them, which are not
@@ -183,7 +185,7 @@ class ChannelFunction(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0913  autograd takes no tuples of tensors
         ctx: Any,
-        x: Tensor,
+        z: Tensor,
         bias: Tensor | None,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
@@ -193,13 +195,10 @@ class ChannelFunction(torch.autograd.Function):
         mask: Tensor | None,
         seed: Tensor | None,
         codes: ChannelCodes,
-        layout: Layout,
         group: Any,
         learns: bool,
     ) -> Any:
-        z = apply_layout(x, layout)
-        r = None if residual is None else apply_layout(residual, layout)
-        parameters = norm_weight, norm_bias, r, mask, seed
+        parameters = norm_weight, norm_bias, residual, mask, seed
         constant = mean is not None or codes[0] == 0
         found: tuple[Tensor, ...] = ()
         if constant:
@@ -212,11 +211,9 @@ class ChannelFunction(torch.autograd.Function):
             y, *rest = ops.channel_forward(z, *parameters, *codes)
             found = tuple(rest)
         statistics = (mean, variance, None) if constant else found
-        # x and not its view z, which double backward could not follow to x.
-        ctx.save_for_backward(x, norm_weight, norm_bias, *statistics, mask, seed)
-        ctx.bias, ctx.codes, ctx.layout, ctx.group = bias, codes, layout, group
+        ctx.save_for_backward(z, norm_weight, norm_bias, *statistics, mask, seed)
+        ctx.bias, ctx.codes, ctx.group = bias, codes, group
         ctx.constant, ctx.asked = constant, _asked(z)
-        y = undo_layout(y, layout)
         if not learns:
             return y
         ctx.mark_non_differentiable(*found)
@@ -225,17 +222,14 @@ class ChannelFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
-        needs, codes, layout = ctx.needs_input_grad, ctx.codes, ctx.layout
-        gradients: list[Any] = [None] * 13
+        needs, codes = ctx.needs_input_grad, ctx.codes
+        gradients: list[Any] = [None] * 12
         if dy is None:
             return tuple(gradients)
-        x, norm_weight, norm_bias, mean, variance, count, mask, seed = ctx.saved_tensors
-        z = apply_layout(x, layout)
-        # As the operator takes it: a gradient may come expanded, or laid out otherwise.
-        dy = apply_layout(dy, layout)
+        z, norm_weight, norm_bias, mean, variance, count, mask, seed = ctx.saved_tensors
+        dy = dy.contiguous()  # a gradient may come expanded, or laid out otherwise
         if needs[4]:
-            dresidual = dy if mask is None else torch.where(mask[:, :, None], dy, 0)
-            gradients[4] = undo_layout(dresidual, layout)
+            gradients[4] = dy if mask is None else torch.where(mask[:, :, None], dy, 0)
         wanted = (
             (ops.WANT_NORM_WEIGHT if needs[2] else 0)
             | (ops.WANT_NORM_BIAS if needs[3] else 0)
@@ -272,7 +266,7 @@ class ChannelFunction(torch.autograd.Function):
             dz, dnorm_weight, dnorm_bias, dbias = _call(
                 ctx.asked, ops.channel_backward, dy, z, *known, *codes
             )
-        gradients[0] = undo_layout(dz, layout) if needs[0] else None
+        gradients[0] = dz if needs[0] else None
         gradients[1] = dbias if needs[1] else None
         gradients[2] = dnorm_weight if needs[2] else None
         gradients[3] = dnorm_bias if needs[3] else None

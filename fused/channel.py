@@ -244,29 +244,25 @@ def _run(
         return run_composite(
             x, layout, norm, codes, mean, variance, across, learns, residual, mask, seed
         )
+    z = apply_layout(x, layout)
+    residual = None if residual is None else apply_layout(residual, layout)
     parameters = norm.weight, norm.bias
-    statistics: tuple[Tensor, ...] = ()
     if across or needs_gradient(x, *parameters, bias, residual):
-        if residual is x:  # the compiler takes no tensor twice
+        if residual is z:  # the compiler takes no tensor twice
             residual = residual.view_as(residual)
         group = (norm.group or _world()) if across else None
-        tensors = (x, bias, *parameters, residual, mean, variance, mask, seed)
-        found = ChannelFunction.apply(*tensors, codes, layout, group, learns)
-        if not learns:
-            return found
-        y, *rest = found
-        statistics = tuple(rest)
+        tensors = (z, bias, *parameters, residual, mean, variance, mask, seed)
+        found = ChannelFunction.apply(*tensors, codes, group, learns)
+        y, *rest = found if learns else (found,)
+    elif mean is not None or norm.name is None:
+        given = (mean, variance, *parameters, residual, mask, seed, *codes)
+        if not reuse:
+            return undo_layout(ops.channel_apply(z, *given), layout)
+        ops.channel_apply_(z, *given)
+        return undo_layout(z, layout)
     else:
-        z = apply_layout(x, layout)
-        residual = None if residual is None else apply_layout(residual, layout)
-        if mean is not None or norm.name is None:
-            given = (mean, variance, *parameters, residual, mask, seed, *codes)
-            if not reuse:
-                return undo_layout(ops.channel_apply(z, *given), layout)
-            ops.channel_apply_(z, *given)
-            return undo_layout(z, layout)
         y, *rest = ops.channel_forward(z, *parameters, residual, mask, seed, *codes)
-        y, statistics = undo_layout(y, layout), tuple(rest)
+    y, statistics = undo_layout(y, layout), tuple(rest)
     if learns:
         update_running(norm, elements_of(layout, codes), *statistics)
     return y
