@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from itertools import combinations
 from pathlib import Path
 from unittest import mock
 
@@ -16,15 +18,55 @@ from fused import backend, gemm, small
 ISAS = ("avx512", "avx2", "portable")
 
 
+def _values(item: pytest.Item) -> list[tuple[str, str]]:
+    """The parameters of a test's case; those of a dataclass are its fields."""
+    callspec = getattr(item, "callspec", None)
+    found = {}
+    for name, value in (callspec.params if callspec else {}).items():
+        if is_dataclass(value):
+            found |= {f"{name}.{f.name}": repr(getattr(value, f.name)) for f in fields(value)}
+        else:
+            found[name] = repr(value)
+    return sorted(found.items())
+
+
+def _covering(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Of each test as many cases as it takes until every pair of its parameters' values has met."""
+    functions: dict[tuple[object, str], list[tuple[pytest.Item, set[object]]]] = {}
+    for item in items:
+        values = _values(item)
+        pairs: set[object] = set(combinations(values, 2)) if len(values) > 1 else set(values)
+        name = getattr(item, "originalname", item.name)
+        functions.setdefault((item.path, name), []).append((item, pairs))
+    kept = set()
+    for cases in functions.values():
+        missing = set().union(*(pairs for _, pairs in cases))
+        while True:
+            best, new = max(cases, key=lambda case: len(case[1] & missing))
+            kept.add(best)
+            missing -= new
+            if not missing:
+                break
+    return kept
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """FUSED_TEST_SHARD=i/n keeps the i-th of n parts of the tests, for n processes side by side."""
-    shard = os.environ.get("FUSED_TEST_SHARD")
+    """FUSED_TEST_COVER=1 keeps a covering set of each test's cases, "rest" what it leaves out;
+    FUSED_TEST_SHARD=i/n the i-th of n parts, for n processes side by side.
+    """
+    chosen = list(items)
+    cover, shard = os.environ.get("FUSED_TEST_COVER"), os.environ.get("FUSED_TEST_SHARD")
+    if cover:
+        kept = _covering(items)
+        chosen = [item for item in items if (item in kept) == (cover != "rest")]
     if shard:
         part, parts = map(int, shard.split("/"))
-        config.hook.pytest_deselected(
-            items=[item for index, item in enumerate(items) if index % parts != part]
-        )
-        items[:] = items[part::parts]
+        chosen = chosen[part::parts]
+    if len(chosen) < len(items):
+        left = set(chosen)
+        config.hook.pytest_deselected(items=[item for item in items if item not in left])
+        items[:] = chosen
 
 
 @pytest.fixture(autouse=True)
