@@ -140,7 +140,7 @@ def test_calls_and_replays_are_both_timed(monkeypatch: pytest.MonkeyPatch) -> No
     """As on a GPU, with calls in place of replays; eager cannot be captured."""
     from dataclasses import replace
 
-    from bench import harness
+    from bench import harness, timing
     from bench.machine import this_machine
     from bench.providers import make_providers
 
@@ -153,7 +153,7 @@ def test_calls_and_replays_are_both_timed(monkeypatch: pytest.MonkeyPatch) -> No
         return walk
 
     clocks, make_ring, make_chain = harness.Clock, harness.make_ring, harness.make_chain
-    monkeypatch.setattr(harness, "capture", capture)
+    monkeypatch.setattr(timing, "capture", capture)
     monkeypatch.setattr(harness, "Clock", lambda device, host: clocks("cpu"))
     monkeypatch.setattr(harness, "make_chain", lambda cell, device: make_chain(cell, "cpu"))
     monkeypatch.setattr(harness, "make_ring", lambda cell, device: make_ring(cell, "cpu"))
