@@ -112,6 +112,25 @@ def test_without_a_gpu_every_step_says_so(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "machine.json").read_text())["device"] == "cpu"
 
 
+@pytest.mark.parametrize(
+    "said, status, expected",
+    [("Device not supported", 1, 0), ("ERROR SUMMARY: 2 errors", 9, 9), ("0 errors", 0, 0)],
+)
+def test_a_device_that_the_sanitizer_refuses_is_left_out(
+    tmp_path: Path, said: str, status: int, expected: int
+) -> None:
+    from bench.gpu_pass import _sanitize
+
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '========= {said}'\nexit {status}\n")
+    tool.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PY": "true", "OUT": str(tmp_path)}
+    command = ["bash", "-c", _sanitize("memcheck")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == expected, done.stderr
+    assert ("is left out" in done.stdout) == ("not supported" in said)
+
+
 # ---- the smoke test ----
 
 
