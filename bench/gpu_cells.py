@@ -32,7 +32,7 @@ IMAGES = (
     *(("group", (16, 320, 64, 64)), ("group", (16, 1280, 16, 16)), ("group", (2, 64, 1024, 1024))),
     *(("instance", (8, 64, 256, 256)), ("instance", (16, 256, 64, 64))),
 )
-IMAGE_ROWS = 64 * 112 * 112  # of the first
+DECIDING_IMAGES = (IMAGES[1], IMAGES[3])
 
 
 def row_cells() -> Iterator[Cell]:
@@ -90,11 +90,13 @@ SUITES = CPU_SUITES | GPU_SUITES
 
 
 def is_quick(cell: Cell) -> bool:
-    """Whether --quick measures it: few enough compilations for a minute."""
+    """Whether --quick measures it: the sizes that decide, few enough for a minute."""
     if cell.suite in CPU_SUITES:
         return is_quick_on_cpu(cell)
     if cell.suite == "blocks":
-        return (cell.M, cell.K, cell.N) in BLOCK_SIZES[:2] and cell.norm in ("layer", "batch")
+        decides = (cell.M, cell.K, cell.N) in BLOCK_SIZES[:2] and cell.norm in ("layer", "batch")
+        return decides and cell.blocks == 1 and cell.dtype == "bfloat16"
     if cell.suite == "images":
-        return cell.layout != "" and cell.dtype == "bfloat16" and cell.M == IMAGE_ROWS
+        decides = (cell.norm, cell.sizes) in DECIDING_IMAGES and cell.layout != ""
+        return decides and cell.dtype == "bfloat16" and not cell.p
     return cell.N == 4096 and cell.dtype == "bfloat16"

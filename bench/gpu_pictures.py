@@ -117,7 +117,7 @@ def draw_images(rows: Sequence[Row]) -> None:
         f"{norm} {shape} {layout}": {"norm": norm, "shape": shape, "layout": layout}
         for norm, shape, layout in keys
     }
-    cases = dict.fromkeys((r.dtype, r.mode, r.p) for r in rows if r.mode != "backward")
+    cases = dict.fromkeys((r.dtype, r.mode, r.p) for r in rows if r.mode in ("forward", "training"))
     columns: dict[str, dict[str, object]] = {
         f"{dtype} {mode}" + (f" p={p:g}" if p else ""): {"dtype": dtype, "mode": mode, "p": p}
         for dtype, mode, p in cases

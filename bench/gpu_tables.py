@@ -8,7 +8,7 @@ import torch
 
 from fused.spec import GATED_ACTIVATIONS
 
-from .harness import Row
+from .harness import AGAIN, Row
 from .tables import (
     ABSENT,
     BASELINES,
@@ -17,6 +17,7 @@ from .tables import (
     kept,
     linear_summary,
     losing_text,
+    name_of,
     norm_summary,
     ratios,
     select,
@@ -25,17 +26,19 @@ from .tables import (
 )
 
 # Tensors of the input's size that cannot but be read or written once.
-TENSORS = {"forward": 2, "backward": 3}
+TENSORS = {"forward": 2, "backward": 3, "training": 5}
 # Of the size of a gated activation's result: its input has twice as many features.
-GATED_TENSORS = {"forward": 3, "backward": 5}
+GATED_TENSORS = {"forward": 3, "backward": 5, "training": 8}
 PEERS = BASELINES[3:]
+REPLAYED = " replayed"
+CELL = ("chain", "norm", "activation", "dtype", "M", "K", "N", "p", "shape", "layout")
 
 
 def bandwidth(r: Row) -> float:
     """GB/s of the tensors that have to be moved, by the median time."""
     size = r.M * r.N * getattr(torch, r.dtype).itemsize
     tensors = GATED_TENSORS if r.activation in GATED_ACTIVATIONS else TENSORS
-    return tensors[r.mode] * size / r.median_us / 1e3
+    return tensors[r.mode.removesuffix(REPLAYED)] * size / r.median_us / 1e3
 
 
 def _bandwidths(rows: Sequence[Row], provider: str) -> str:
@@ -138,13 +141,67 @@ def peers_summary(rows: Sequence[Row]) -> str:
     return f"{about}\n\n{table(header, lines)}\n\n{losing_text(rows)}"
 
 
+def replays_text(rows: Sequence[Row]) -> str:
+    """By calls and by replays, a line per cell; "" where no replay was timed."""
+    header = ["cell", "µs, calls", "µs, replays", "GB/s, replays", "`copy_` or add, GB/s"]
+    header += [
+        "/ eager, calls",
+        "replays",
+        "/ compile, calls",
+        "replays",
+        "noise, calls",
+        "replays",
+    ]
+    lines = []
+    for r in select(rows, provider="fused"):
+        own = [o for o in rows if o.mode == r.mode + REPLAYED and cell_of(o) == cell_of(r)]
+        fused = select(own, provider="fused")
+        if not fused:
+            continue
+        limits = [o for o in rows if o.mode.endswith(REPLAYED) and cell_of(o) == cell_of(r)]
+        limits = [o for o in limits if o.provider in ("copy_", "add")]
+        moved = [f"{bandwidth(o):.0f}" for o in (*fused, *limits)] if not r.K else []
+        line = [name_of(r), f"{r.median_us:.1f}", f"{fused[0].median_us:.1f}"]
+        line += [*moved, ABSENT, ABSENT][:2]
+        called = [o for o in rows if o.mode == r.mode and cell_of(o) == cell_of(r)]
+        for baseline in BASELINES[:2]:
+            line += [ratios(select(part, provider=baseline)) for part in (called, own)]
+        for part in (called, own):
+            again = select(part, provider=AGAIN)
+            spread = [f"{o.over_fused_p20:.3f}–{o.over_fused_p80:.3f}" for o in again]
+            line.append(spread[0] if spread else ABSENT)
+        lines.append(line)
+    if not lines:
+        return ""
+    about = (
+        "Called from Python, and replayed from CUDA graphs, where the host's time does not count."
+        " Noise: the middle three fifths of fused's time over its own, measured twice."
+    )
+    return f"{about}\n\n{table(header, lines)}"
+
+
+def cell_of(r: Row) -> tuple[object, ...]:
+    """What the rows of a cell have in common, besides their mode."""
+    return (*(getattr(r, name) for name in CELL), r.machine)
+
+
+def _with_replays(summary: Callable[[Sequence[Row]], str]) -> Callable[[Sequence[Row]], str]:
+    """A suite's summary of what was called, then that of what was replayed."""
+
+    def summarize(rows: Sequence[Row]) -> str:
+        called = [r for r in rows if not r.mode.endswith(REPLAYED)]
+        return "\n\n".join(filter(None, (summary(called), replays_text(rows))))
+
+    return summarize
+
+
 SUMMARIES: dict[str, Callable[[Sequence[Row]], str]] = {
     "norm": norm_summary,
     "linear": linear_summary,
     "channel": channel_summary,
     "host": host_summary,
-    "rows": rows_summary,
-    "blocks": blocks_summary,
-    "images": images_summary,
-    "peers": peers_summary,
+    "rows": _with_replays(rows_summary),
+    "blocks": _with_replays(blocks_summary),
+    "images": _with_replays(images_summary),
+    "peers": _with_replays(peers_summary),
 }

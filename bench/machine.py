@@ -1,11 +1,20 @@
-"""Where and with what a figure was measured."""
+"""Where and with what a figure was measured; python -m bench.machine prints it.
+
+FUSED_BENCH_COMMIT in the environment is the commit where there is no checkout to ask, as on a
+machine to which the files alone were copied.
+"""
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import json
+import os
 import platform
 import subprocess
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -35,7 +44,10 @@ class Machine:
 
 
 def commit_of(root: Path = ROOT) -> str:
-    """The checkout's commit; "-dirty" where what is measured differs from it."""
+    """FUSED_BENCH_COMMIT, or the checkout's; "-dirty" where what is measured differs from it."""
+    given = os.environ.get("FUSED_BENCH_COMMIT")
+    if given:
+        return given
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
@@ -88,3 +100,19 @@ def last_level_cache(device: str) -> int:
         if path.exists():
             return int(path.read_text().strip().removesuffix("K")) << 10
     return FALLBACK_CACHE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.machine", description=__doc__)
+    parser.add_argument("--out", type=Path, help="a file for the same")
+    given = parser.parse_args(arguments)
+    found = this_machine("cuda" if torch.cuda.is_available() else "cpu")
+    text = json.dumps(asdict(found), indent=1)
+    print(text)
+    if given.out:
+        given.out.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

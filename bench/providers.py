@@ -67,6 +67,7 @@ class Provider:
         mode: under which mode its time counts; for a limit it need not be the cell's.
         checked: whether it computes the chain, and so must pass the check.
         keep_scale: what it multiplies kept elements by.
+        steps: how many steps one call of `forward` makes.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Provider:
     backward: Callable[[Inputs, Any], Any] | None = None
     checked: bool = True
     keep_scale: float = 1.0
+    steps: int = 1
     parameters: list[nn.Parameter] = field(default_factory=list)
 
 

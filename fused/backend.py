@@ -16,17 +16,17 @@ import ctypes
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
-from importlib.util import find_spec
+from typing import Any
 
 import torch
 
-from . import cuda_library, location
+from . import location
 from . import ops as _ops
-from .launchers import TRITON, Launchers
+from .first_kernel import cuda_cpp, gpu_reason
+from .launchers import LINEAR, TRITON, Launchers
 from .spec import ACTIVATION_NAMES, FIRST_GATED
 
 BACKENDS = ("auto", "triton", "cuda", "cpp", "reference")
@@ -78,8 +78,8 @@ _extension, _extension_reason = _load_extension()
 _default = _checked(os.environ.get("FUSED_BACKEND") or "auto")
 # What the running thread or task asks for.
 request: ContextVar[str] = ContextVar("fused_backend", default=_default)
-# (request, device type, dtype) → backend.
-_chosen: dict[tuple[str, str, torch.dtype], str] = {}
+# (request, device type, its index, dtype) → backend.
+_chosen: dict[tuple[str, str, int, torch.dtype], str] = {}
 # What is asked for by the `use_backend` blocks that are open anywhere in the process. The compiler
 # cannot read a context variable, but it guards on this, and so compiles again where they differ.
 _open_blocks: list[str] = []
@@ -110,47 +110,20 @@ def poison_outputs(on: bool) -> None:
         _extension.fused_poison_outputs(int(on))
 
 
-def _first_kernel(launchers: Launchers) -> str:
-    """What goes wrong with a first kernel on a real tensor, or the empty string."""
-    try:
-        z = torch.zeros(1, 16, device="cuda")
-        launchers["row_forward"](z, None, None, None, None, None, 1, 1e-5, 0, 0.0, 0.0, 0)
-    # Everything: Triton raises its own exceptions, the compiler's, the driver's and torch's.
-    except Exception as error:
-        text = str(error).strip()
-        return text.splitlines()[0] if text else type(error).__name__
-    return ""
+def _index_of(device_type: str, index: int | None) -> int:
+    """The GPU that is meant, the current one where none is said; -1 for other devices."""
+    if device_type != "cuda":
+        return -1
+    if index is None or index < 0:
+        return torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return index
 
 
-@lru_cache(maxsize=2)
-def _gpu_reason(backend: str) -> str:
-    """Why Triton, or the CUDA C++ kernels, cannot be used, or the empty string. Tries them once."""
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if backend == "triton":
-        if find_spec("triton") is None:
-            return "triton is not installed; run 'pip install triton'"
-        failed, remedy = _first_kernel(TRITON), "check the driver and the C compiler"
-    else:
-        library, reason = cuda_library.load()
-        if library is None:
-            return reason
-        failed, remedy = _first_kernel(_cuda_cpp()), "build them for this GPU and its driver"
-    kind = "Triton" if backend == "triton" else "CUDA C++"
-    return f"a first {kind} kernel failed ({failed}); {remedy}" if failed else ""
+def why_not(backend: str, device_type: str, dtype: torch.dtype, index: int | None = None) -> str:
+    """The sentence that says why a backend cannot serve this device and dtype; empty if it can.
 
-
-@lru_cache(maxsize=1)
-def _cuda_cpp() -> Launchers:
-    """The launchers of the CUDA C++ kernels, imported at the first use."""
-    from . import cuda_channel, cuda_channel_backward, cuda_row
-
-    modules = (cuda_row, cuda_channel, cuda_channel_backward)
-    return {n: getattr(m, n) for n in _ops.OPERATORS for m in modules if n in m.__dict__}
-
-
-def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str:
-    """The sentence that says why a backend cannot serve this device and dtype; empty if it can."""
+    index: of the GPU; None: the current one.
+    """
     if backend == "reference":
         return ""
     if device_type != _DEVICE_OF[backend]:
@@ -158,7 +131,9 @@ def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str:
     if dtype not in _DTYPES[backend]:
         served = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[backend])
         return f"{backend} serves {served}, not {str(dtype).removeprefix('torch.')}"
-    return _extension_reason if backend == "cpp" else _gpu_reason(backend)
+    if backend == "cpp":
+        return _extension_reason
+    return gpu_reason(backend, _index_of(device_type, index))
 
 
 def requested() -> str:
@@ -168,21 +143,21 @@ def requested() -> str:
     return request.get()
 
 
-def _reasons(name: str, device_type: str, dtype: torch.dtype) -> dict[str, str]:
+def _reasons(name: str, device_type: str, index: int, dtype: torch.dtype) -> dict[str, str]:
     """Each backend that a request could mean for this device → why not, up to one that can."""
     candidates = [name]
     if name == "auto":
         candidates = [b for b, device in _DEVICE_OF.items() if device == device_type]
     reasons = {}
     for candidate in candidates:
-        reasons[candidate] = why_not(candidate, device_type, dtype)
+        reasons[candidate] = why_not(candidate, device_type, dtype, index)
         if not reasons[candidate]:
             break
     return reasons
 
 
-def _choose(name: str, device_type: str, dtype: torch.dtype) -> str:
-    reasons = _reasons(name, device_type, dtype)
+def _choose(name: str, device_type: str, index: int, dtype: torch.dtype) -> str:
+    reasons = _reasons(name, device_type, index, dtype)
     for candidate, reason in reasons.items():
         if not reason:
             return candidate
@@ -198,46 +173,65 @@ def _choose(name: str, device_type: str, dtype: torch.dtype) -> str:
     return "reference"
 
 
-def choose(device_type: str, dtype: torch.dtype) -> str:
-    """The backend that serves tensors of this device type and dtype."""
+def choose(device_type: str, dtype: torch.dtype, index: int | None = None) -> str:
+    """The backend that serves tensors of this device and dtype.
+
+    index: of the GPU, as `Tensor.get_device` has it; None: the current one.
+    """
     if torch.compiler.is_dynamo_compiling():
-        return _choose_when_compiled(device_type, dtype, _open_requests)
-    key = (request.get(), device_type, dtype)
+        return _choose_when_compiled(device_type, dtype, index, _open_requests)
+    if device_type != "cuda":
+        index = -1
+    elif index is None:
+        index = _index_of(device_type, None)
+    key = (request.get(), device_type, index, dtype)
     backend = _chosen.get(key)
     if backend is None:
         backend = _chosen[key] = _choose(*key)
     return backend
 
 
-# (request, dtype) → launchers.
-_cuda_launchers: dict[tuple[str, torch.dtype], Launchers] = {}
+# (request, GPU, dtype) → launchers.
+_cuda_launchers: dict[tuple[str, int, torch.dtype], Launchers] = {}
 
 
-def cuda_launchers(dtype: torch.dtype) -> Launchers:
-    """The launchers of the operators for CUDA tensors of this dtype, by what is asked for here.
+def cuda_launchers(dtype: torch.dtype, index: int) -> Launchers:
+    """The launchers of the operators for tensors on a GPU, by what is asked for here.
 
     Raises:
         RuntimeError: no kernel serves it.
     """
-    key = (request.get(), dtype)
+    key = (request.get(), index, dtype)
     found = _cuda_launchers.get(key)
     if found is None:
         found = _cuda_launchers[key] = _find_launchers(*key)
     return found
 
 
-def _find_launchers(name: str, dtype: torch.dtype) -> Launchers:
+def _find_launchers(name: str, index: int, dtype: torch.dtype) -> Launchers:
     # Whoever calls an operator has chosen it: backward of what forward did under another request
     # does, and then "reference" is no answer.
     for asked in (name, "auto"):
-        for backend, why in _reasons(asked, "cuda", dtype).items():
+        for backend, why in _reasons(asked, "cuda", index, dtype).items():
             if not why and backend in ("triton", "cuda"):
-                return TRITON if backend == "triton" else _cuda_cpp()
-    why = "; ".join(f"{b}: {reason}" for b, reason in _reasons("auto", "cuda", dtype).items())
+                return TRITON if backend == "triton" else cuda_cpp()
+    reasons = _reasons("auto", "cuda", index, dtype)
+    why = "; ".join(f"{b}: {reason}" for b, reason in reasons.items())
     raise RuntimeError(f"fused: no kernel serves cuda {str(dtype).removeprefix('torch.')} ({why})")
 
 
-_ops.cuda_launchers = cuda_launchers
+def _for_cuda(name: str) -> Callable[..., Any]:
+    def call(first: torch.Tensor, *args: Any) -> Any:
+        return cuda_launchers(first.dtype, first.get_device())[name](first, *args)
+
+    return call
+
+
+_library = torch.library.Library("fused_lnad", "IMPL")
+for _name in _ops.OPERATORS:
+    _library.impl(_name, _for_cuda(_name), "CUDA")
+for _name, _launcher in LINEAR.items():
+    _library.impl(_name, _launcher, "CUDA")
 
 # The compiler takes what these two return for constant, as if marked with
 # torch.compiler.assume_constant_result, which would import all of it; the argument is its guard.
@@ -247,22 +241,25 @@ def _request_when_compiled(guarded: tuple[str, ...]) -> str:
     return request.get()
 
 
-def _choose_when_compiled(device_type: str, dtype: torch.dtype, guarded: tuple[str, ...]) -> str:
-    return choose(device_type, dtype)
+def _choose_when_compiled(
+    device_type: str, dtype: torch.dtype, index: int | None, guarded: tuple[str, ...]
+) -> str:
+    return choose(device_type, dtype, index)
 
 
 _request_when_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _choose_when_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def reason(device_type: str, dtype: torch.dtype) -> str:
+def reason(device_type: str, dtype: torch.dtype, index: int | None = None) -> str:
     """Why no kernel serves this device and dtype, whatever is asked for; empty if one does."""
-    if choose(device_type, dtype) != "reference":
+    index = _index_of(device_type, index)
+    if choose(device_type, dtype, index) != "reference":
         return ""
     name = requested()
     if name == "reference":
         return "backend 'reference' is asked for"
-    why = "; ".join(_reasons(name, device_type, dtype).values())
+    why = "; ".join(_reasons(name, device_type, index, dtype).values())
     asked = "" if name == "auto" else f", and backend {name!r} is asked for"
     return f"{why or f'no kernel serves {device_type}'}{asked}"
 

@@ -71,7 +71,9 @@ def composite(x: Tensor) -> bool:
         return True
     if (is_compiling() or is_tracing()) and torch.onnx.is_in_onnx_export():
         return True
-    return choose("cpu" if x.is_cpu else x.device.type, x.dtype) == "reference"
+    if x.is_cpu:
+        return choose("cpu", x.dtype) == "reference"
+    return choose(x.device.type, x.dtype, x.get_device()) == "reference"
 
 
 def norm_alone(codes: Codes) -> Codes:

@@ -92,7 +92,7 @@ def _is_readable(x: Tensor, weight: Tensor) -> bool:
 
 def _is_on_gpu(x: Tensor) -> bool:
     """Whether x is where these kernels run: on a GPU that Triton serves, as asked for here."""
-    return x.is_cuda and choose("cuda", x.dtype) == "triton"
+    return x.is_cuda and choose("cuda", x.dtype, x.get_device()) == "triton"
 
 
 # The compiler takes what these return for constant, as in backend.py. It guards on TF32 itself.

@@ -7,59 +7,53 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
-
-
-def triton_row_forward(z: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    from .kernels.row import row_forward
-
-    return row_forward(z, *args)
+Launchers = Mapping[str, Callable[..., Any]]
 
 
-def triton_row_forward_(z: Tensor, *args: Any) -> None:
-    from .kernels.row import row_forward
+class Place(NamedTuple):
+    """Where a launcher is: a module of kernels/, and its function. `in_place`: out is z."""
 
-    row_forward(z, *args, out=z)
-
-
-def triton_row_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from .kernels.row_backward import row_backward
-
-    return row_backward(dy, *args)
+    module: str
+    function: str
+    in_place: bool = False
 
 
-def triton_linear(name: str) -> Callable[..., Any]:
+def launcher(place: Place) -> Callable[..., Any]:
+    """Calls the function at a place, which is looked up once, at the first call."""
+    function: Callable[..., Any] | None = None
+
+    def find() -> Callable[..., Any]:
+        nonlocal function
+        module = import_module(f".kernels.{place.module}", __package__)
+        function = getattr(module, place.function)
+        return function
+
     def call(*args: Any) -> Any:
-        module = import_module(f".kernels.gemm_{name}", __package__)
-        return getattr(module, f"linear_{name}_forward")(*args)
+        return (function or find())(*args)
 
-    return call
+    def call_in_place(z: Any, *args: Any) -> None:
+        (function or find())(z, *args, out=z)
 
-
-def triton_channel(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        return getattr(import_module(".kernels.channel", __package__), name)(*args)
-
-    return call
-
-
-def triton_channel_apply_(z: Tensor, *args: Any) -> None:
-    from .kernels.channel import channel_apply
-
-    channel_apply(z, *args, out=z)
+    return call_in_place if place.in_place else call
 
 
 # Those whose launcher in kernels/channel.py has the operator's name and arguments.
 CHANNEL_LAUNCHERS = tuple(
     f"channel_{name}" for name in ("statistics", "forward", "apply", "backward", "sums", "gradient")
 )
-Launchers = Mapping[str, Callable[..., Any]]
-TRITON: Launchers = {
-    "row_forward": triton_row_forward,
-    "row_forward_": triton_row_forward_,
-    "row_backward": triton_row_backward,
-    "channel_apply_": triton_channel_apply_,
-    **{name: triton_channel(name) for name in CHANNEL_LAUNCHERS},
+PLACES = {
+    "row_forward": Place("row", "row_forward"),
+    "row_forward_": Place("row", "row_forward", in_place=True),
+    "row_backward": Place("row_backward", "row_backward"),
+    "channel_apply_": Place("channel", "channel_apply", in_place=True),
+    **{name: Place("channel", name) for name in CHANNEL_LAUNCHERS},
 }
+# By Triton alone; gemm.py asks for them where it serves.
+LINEAR_PLACES = {
+    f"linear_{name}_forward": Place(f"gemm_{name}", f"linear_{name}_forward")
+    for name in ("row", "channel")
+}
+TRITON: Launchers = {name: launcher(place) for name, place in PLACES.items()}
+LINEAR: Launchers = {name: launcher(place) for name, place in LINEAR_PLACES.items()}

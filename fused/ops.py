@@ -1,19 +1,16 @@
-"""The raw operators: schemas, fake kernels, and what serves CUDA tensors.
+"""The raw operators: schemas and fake kernels.
 
 The C++ implementations register themselves when the extension is loaded (csrc/row.cpp and
-csrc/channel.cpp). The operators are opaque to torch.compile and know nothing of autograd
-(autograd.py does).
+csrc/channel.cpp), those for CUDA tensors in backend.py. The operators are opaque to torch.compile
+and know nothing of autograd (autograd.py does).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .launchers import CHANNEL_LAUNCHERS, TRITON, Launchers, triton_linear
+from .launchers import LINEAR_PLACES, PLACES
 from .spec import NORM_NAMES, is_gated
 
 # Which sums over the rows `row_backward` makes.
@@ -225,35 +222,8 @@ def _(dy, z, *rest):
     return z.new_empty(z.shape)
 
 
-# ---- CUDA tensors ----
-
-
-OPERATORS = ("row_forward", "row_forward_", "row_backward", *CHANNEL_LAUNCHERS, "channel_apply_")
-
-
-def _triton_alone(dtype: torch.dtype) -> Launchers:
-    return TRITON
-
-
-# Whose launchers serve CUDA tensors of a dtype; backend.py, which knows what is asked for and what
-# works, puts its own function here.
-cuda_launchers: Callable[[torch.dtype], Launchers] = _triton_alone
-
-
-def _for_cuda(name: str) -> Callable[..., Any]:
-    def call(first: Tensor, *args: Any) -> Any:
-        return cuda_launchers(first.dtype)[name](first, *args)
-
-    return call
-
-
-for _name in OPERATORS:
-    _library.impl(_name, _for_cuda(_name), "CUDA")
-for _name in ("row", "channel"):  # by Triton alone; gemm.py asks for them where it serves
-    _library.impl(f"linear_{_name}_forward", triton_linear(_name), "CUDA")
-
-# Those without a C++ implementation.
-GPU_OPERATORS = ("linear_row_forward", "linear_channel_forward")
+OPERATORS = tuple(PLACES)
+GPU_OPERATORS = tuple(LINEAR_PLACES)  # those without a C++ implementation
 
 # Differentiation is autograd.py's; without this, torch's fallback for operators that have none
 # would look through the arguments at every call.

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .clock import GAIN, Measure, measure_on_gpu, median_ratio
+from .clock import GAIN, Measure, measure_on_gpu, median_ratio, noise_floor
 from .kernels import tuned
 from .tune_cases import Case, channel_cases, row_cases
 from .tune_linear import LinearCase, default_cases, gain_of, is_served
@@ -57,7 +57,10 @@ def best_tile(
     warp_size: int,
     measure: Measure,
 ) -> tuple[Tile | None, float]:
-    """A clearly faster tile than the rule's or None, and how many times faster it is."""
+    """A clearly faster tile than the rule's or None, and how many times faster it is.
+
+    measure: times replays of the calls and not the calls, which clear the rules' caches.
+    """
     key, tile, width = asked
     fitting = []
     for other in neighbours(tile, width, warp_size):
@@ -76,12 +79,14 @@ def best_tile(
 
         return run
 
-    times = measure([with_tile(t) for t in (tile, *fitting)])
-    gains = {t: median_ratio(times[0], own) for t, own in zip(fitting, times[1:], strict=True)}
-    best = max(gains, key=lambda t: gains[t], default=None)
-    if best is None:
+    if not fitting:
         return None, 1.0
-    return best if gains[best] >= GAIN else None, gains[best]
+    # The rule's tile twice, which says by how much a tile seems to differ from itself.
+    rule, again, *others = measure([with_tile(t) for t in (tile, tile, *fitting)])
+    gains = {t: median_ratio(rule, own) for t, own in zip(fitting, others, strict=True)}
+    best = max(gains, key=lambda t: gains[t])
+    clear = gains[best] >= max(GAIN, noise_floor(rule, again))
+    return best if clear else None, gains[best]
 
 
 def tune_tiles(

@@ -43,7 +43,7 @@ def channel_statistics(
         float32: mean and variance, (samples, groups) or for batch norm (1, channels); count,
         (samples,) or (1,), the elements behind each, (0,) without mask. All 0 where there is none.
     """
-    problem = problem_of(z, None, norm, groups, channels_last)
+    problem = problem_of(z.shape, z.element_size(), None, norm, groups, channels_last)
     if z.numel() == 0:
         mean, variance, count = empty_statistics(z, mask, problem)
         return mean.zero_(), variance.zero_(), count.zero_()
@@ -81,7 +81,7 @@ def channel_forward(
         y of z's shape and dtype; mean, variance and count as `channel_statistics`.
     """
     scalars = (norm, groups, channels_last, eps, activation, alpha, beta, threshold)
-    problem = problem_of(z, None, *scalars, channel_dropout)
+    problem = problem_of(z.shape, z.element_size(), None, *scalars, channel_dropout)
     y = z.new_empty(z.shape)
     if z.numel() == 0:
         return y, *channel_statistics(z, mask, norm, groups, channels_last)
@@ -133,7 +133,7 @@ def channel_apply(
     if z.numel() == 0:
         return y
     scalars = (norm, groups, channels_last, eps, activation, alpha, beta, threshold)
-    problem = problem_of(z, mean, *scalars, channel_dropout)
+    problem = problem_of(z.shape, z.element_size(), mean, *scalars, channel_dropout)
     if norm == 0:
         mean = variance = norm_weight = norm_bias = None
     apply(z, (mean, variance), (norm_weight, norm_bias), residual, mask, seed, y, problem)

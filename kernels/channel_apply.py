@@ -7,7 +7,6 @@ y may be z itself: a tile is read before it is written, and no program reads ano
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -117,7 +116,7 @@ def apply(
     walk = problem.walk
     tile = walk.tile("apply", device)
     chunks, steps = walk.chunks(tile, "apply", device)
-    with torch.cuda.device_of(z):
+    with tuning.device_of(z):
         _channel_apply_kernel[(walk.blocks(tile) * chunks,)](
             z,
             *statistics,

@@ -75,7 +75,7 @@ def group_sums(
     _, segments, chunks, channels = partial.shape
     sums = tuple(partial.new_empty((segments, problem.groups)) for _ in range(2))
     tile = channel_tuning.merge_tile(problem.width, tuning.device(partial))
-    with torch.cuda.device_of(partial):
+    with tuning.device_of(partial):
         _channel_group_sum_kernel[(segments * triton.cdiv(problem.groups, tile.block_m),)](
             partial,
             norm_weight,
@@ -94,7 +94,7 @@ def _total_sums(partial: Tensor, wanted: Sequence[Tensor | None]) -> None:
     if any(t is not None for t in wanted):
         channels = partial.shape[-1]
         outputs = [partial.new_empty(channels) if t is None else t for t in wanted]
-        with torch.cuda.device_of(partial):
+        with tuning.device_of(partial):
             sum_columns(partial.flatten(1, -2), outputs)
 
 
@@ -173,7 +173,7 @@ def channel_backward(
         ValueError: a bias in front of group norm, whose gradient is not a sum of what is at hand.
     """
     scalars = (norm, groups, channels_last, eps, activation, alpha, beta, threshold)
-    problem = problem_of(z, mean, *scalars, channel_dropout)
+    problem = problem_of(z.shape, z.element_size(), mean, *scalars, channel_dropout)
     constant = constant or problem.norm is None
     if problem.norm == "group" and not constant and wanted & WANT_BIAS:
         raise ValueError(
@@ -234,7 +234,7 @@ def channel_sums(
     The arguments are those of `channel_backward`, mean and variance (1, channels).
     """
     scalars = (norm, groups, channels_last, eps, activation, alpha, beta, threshold)
-    problem = problem_of(z, mean, *scalars, channel_dropout)
+    problem = problem_of(z.shape, z.element_size(), mean, *scalars, channel_dropout)
     if z.numel() == 0:
         return z.new_zeros((2, problem.channels), dtype=torch.float32)
     sums = z.new_empty((2, problem.channels), dtype=torch.float32)
@@ -270,7 +270,7 @@ def channel_gradient(
     The arguments are those of `channel_sums`; sums (2, channels) and count (1,) are floating point.
     """
     scalars = (norm, groups, channels_last, eps, activation, alpha, beta, threshold)
-    problem = problem_of(z, mean, *scalars, channel_dropout)
+    problem = problem_of(z.shape, z.element_size(), mean, *scalars, channel_dropout)
     dz = z.new_empty(z.shape)
     if z.numel():
         seed = seed if threshold else None

@@ -226,7 +226,7 @@ def walk_backward(
     chunks, steps = walk.chunks(tile, kind, device)
     shape = (sum(made), walk.segments, chunks, walk.channels)
     partial = z.new_empty(shape, dtype=torch.float32)
-    with torch.cuda.device_of(z):
+    with tuning.device_of(z):
         _channel_bwd_kernel[(walk.blocks(tile) * chunks,)](
             *inputs,
             *(sums or (None, None)),

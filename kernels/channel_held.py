@@ -6,7 +6,6 @@ its rows are whole cache lines; short planar groups share a tile as well.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -131,7 +130,7 @@ def held_forward(
     """Writes y, mean, variance and count; inputs: z to seed as in `channel_forward`."""
     device = tuning.device(y)
     mean, variance, count = statistics
-    with torch.cuda.device_of(y):
+    with tuning.device_of(y):
         _channel_held_fwd_kernel[(problem.samples * triton.cdiv(problem.groups, tile.groups),)](
             *inputs,
             y,

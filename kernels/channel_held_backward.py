@@ -123,7 +123,7 @@ def held_backward(
     programs = channel_tuning.held_programs(problem.samples, group_blocks, tile, device)
     shape = (2 if with_sums else 0, programs, problem.channels)
     partial = dz.new_empty(shape, dtype=torch.float32)
-    with torch.cuda.device_of(dz):
+    with tuning.device_of(dz):
         _channel_held_bwd_kernel[(programs * group_blocks,)](
             *inputs,
             count,

@@ -6,7 +6,6 @@ as long as the groups of all programs fit there (tuning.CHANNEL_LOOP_BYTES).
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -174,7 +173,7 @@ def loop_forward(
     """Writes y, mean, variance and count; inputs: z to seed as in `channel_forward`."""
     device = tuning.device(y)
     mean, variance, count = statistics
-    with torch.cuda.device_of(y):
+    with tuning.device_of(y):
         _channel_loop_fwd_kernel[(problem.samples * triton.cdiv(problem.groups, tile.groups),)](
             *inputs,
             y,

@@ -149,7 +149,7 @@ def loop_backward(
     device = tuning.device(dz)
     shape = (2 if with_sums else 0, problem.samples, problem.channels)
     partial = dz.new_empty(shape, dtype=torch.float32)
-    with torch.cuda.device_of(dz):
+    with tuning.device_of(dz):
         _channel_loop_bwd_kernel[(problem.samples * triton.cdiv(problem.groups, tile.groups),)](
             *inputs,
             count,

@@ -5,6 +5,7 @@ Pure Python; nothing here reads a tensor's values.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +129,8 @@ class Problem:
 
 
 def problem_of(
-    z: Tensor,
+    shape: Sequence[int],
+    itemsize: int,
     mean: Tensor | None,
     norm: int,
     groups: int,
@@ -140,12 +142,12 @@ def problem_of(
     threshold: int = 0,
     channel_dropout: bool = False,
 ) -> Problem:
-    """The problem behind an operator's arguments, in their order.
+    """The problem behind an operator's arguments, in their order; of z the shape and itemsize.
 
     Statistics of the shape (1, channels) are shared by all samples, whatever the norm is called:
     running statistics are constants in evaluation.
     """
-    samples, rows, cols = z.shape
+    samples, rows, cols = shape
     positions, channels = (rows, cols) if channels_last else (cols, rows)
     name = NORM_NAMES[norm]
     shared = name in (None, "batch")
@@ -156,7 +158,7 @@ def problem_of(
         channels=channels,
         positions=positions,
         last=channels_last,
-        itemsize=z.element_size(),
+        itemsize=itemsize,
         norm=name,
         groups=channels if shared else groups,
         shared=shared,

@@ -218,7 +218,7 @@ def split_statistics(
     mean, variance, present = empty_statistics(z, mask, problem)
     partial = z.new_empty((3, walk.segments, chunks, walk.channels), dtype=torch.float32)
     count = z.new_empty((walk.segments, chunks), dtype=torch.float32)
-    with torch.cuda.device_of(z):
+    with tuning.device_of(z):
         _channel_moments_kernel[(walk.blocks(tile) * chunks,)](
             z,
             mask,

@@ -197,7 +197,7 @@ def gated_forward(
     blocks = triton.cdiv(rows, tile.block_m) * (1 if name else triton.cdiv(cols, tile.block_n))
     if name is None:
         norm_weight = norm_bias = None
-    with torch.cuda.device_of(z):
+    with tuning.device_of(z):
         kernel[(blocks,)](
             z,
             bias,

@@ -181,7 +181,7 @@ def gated_backward(
     wide = is_wide(align, dy, z)
     tile = gated_tuning.backward_tile(cols, norm, len(made), z.element_size(), device, wide)
     col_blocks = triton.cdiv(cols, tile.block_n)
-    with torch.cuda.device_of(z):
+    with tuning.device_of(z):
         sums = None
         if norm and col_blocks > 1:
             sums = gated_sums(inputs, seed, scalars, flags)

@@ -103,7 +103,7 @@ def batch_forward(
     count = x.new_empty((1, row_blocks), dtype=torch.float32)
     mean, variance = (x.new_empty((1, cols), dtype=torch.float32) for _ in range(2))
     strides = (x.stride(0), weight.stride(0))
-    with torch.cuda.device_of(x):
+    with tuning.device_of(x):
         _gemm_batch_kernel[(row_blocks * triton.cdiv(cols, tile.block_n),)](
             x,
             weight,

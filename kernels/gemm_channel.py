@@ -59,7 +59,7 @@ def linear_channel_forward(
     batch = NORM_NAMES[norm] == "batch"
     # Samples, positions, channels: batch norm's statistics are of positions.
     shape = (1, rows, cols) if batch else (rows, 1, cols)
-    problem = problem_of(x.new_empty(()).expand(shape), None, *scalars, channel_dropout)
+    problem = problem_of(shape, x.element_size(), None, *scalars, channel_dropout)
     forward = batch_forward if batch else group_forward
     parameters = (norm_weight, norm_bias)
     return forward(x, weight, bias, parameters, residual, seed, save_z, problem)

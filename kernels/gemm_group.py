@@ -172,7 +172,7 @@ def group_forward(
     mean, variance = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
     strides = (x.stride(0), weight.stride(0))
     programs = triton.cdiv(rows, tile.block_m) * triton.cdiv(cols, tile.block_n)
-    with torch.cuda.device_of(x):
+    with tuning.device_of(x):
         _gemm_group_kernel[(programs,)](
             *(x, weight, bias, *parameters, residual, z if save_z else None, y, mean, variance),
             seed if problem.threshold else None,

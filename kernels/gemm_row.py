@@ -159,7 +159,7 @@ def linear_row_forward(
         norm_weight = norm_bias = None
     strides = (x.stride(0), weight.stride(0))
     stride_rm = cols if residual is None else residual.stride(0)
-    with torch.cuda.device_of(x):
+    with tuning.device_of(x):
         _gemm_row_kernel[(triton.cdiv(rows, tile.block_m) * col_blocks,)](
             x,
             weight,

@@ -10,7 +10,6 @@ second program on the SM, whose product overlaps this one's epilogue.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,7 +19,7 @@ from .activation import activate
 from .dropout import dropout_multiplier
 from .gemm_tile import add_bias, halves, tile_of_program
 from .gemm_tuning import GemmTile
-from .tuning import Device
+from .tuning import Device, device_of
 
 
 @triton.jit
@@ -143,7 +142,7 @@ def plain_forward(
 
     outputs = (tile.block_m, tile.block_n // 4)
     programs = triton.cdiv(rows, tile.block_m) * triton.cdiv(cols, tile.block_n)
-    with torch.cuda.device_of(x):
+    with device_of(x):
         _gemm_tma_kernel[(programs,)](
             described(x, tile.block_m, tile.block_k),
             described(weight, tile.block_n, tile.block_k),

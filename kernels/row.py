@@ -197,7 +197,7 @@ def row_forward(
         norm_weight = norm_bias = None
     stride_rm = cols if residual is None else residual.stride(0)
     strides = (z.stride(0), stride_rm, y.stride(0))
-    with torch.cuda.device_of(z):
+    with tuning.device_of(z):
         kernel[(blocks,)](
             z,
             bias,

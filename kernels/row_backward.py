@@ -235,7 +235,7 @@ def row_backward(
     wide = align * z.element_size() == 16 and (dy.data_ptr() | z.data_ptr()) % 16 == 0
     tile = tuning.backward_tile(cols, name, len(made), z.element_size(), device, wide)
     col_blocks = triton.cdiv(cols, tile.block_n)
-    with torch.cuda.device_of(z):
+    with tuning.device_of(z):
         sums = None
         if name and col_blocks > 1:
             sums = row_sums(inputs, seed_arg, scalars, flags)

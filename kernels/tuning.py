@@ -9,6 +9,7 @@ words, read from sm_90 binaries (triton 3.7.1, bf16, GELU, dropout) by bench/aud
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -62,6 +63,16 @@ INTERPRETER_PROGRAMS = 2
 def device(z: Tensor) -> Device:
     """The device of a tensor."""
     return gpu(z.get_device()) if z.is_cuda else INTERPRETER
+
+
+_CURRENT: AbstractContextManager[object] = nullcontext()
+
+
+def device_of(z: Tensor) -> AbstractContextManager[object]:
+    """Makes a tensor's GPU the current one; where it is that already, nothing is entered."""
+    if not z.is_cuda or z.get_device() == torch.cuda.current_device():
+        return _CURRENT
+    return torch.cuda.device_of(z)
 
 
 @cache

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused
-from fused import backend, functional
+from fused import backend, first_kernel, functional
 
 
 def test_blocks_that_overlap_in_two_threads() -> None:
@@ -79,3 +83,105 @@ def test_a_backend_that_cannot_serve_says_so_once(monkeypatch: pytest.MonkeyPatc
             with fused.use_backend("triton"):
                 functional.norm_act(torch.randn(2, 4), activation="relu")
     assert len(seen) == 1 and "triton serves cuda tensors, not cpu" in str(seen[0].message)
+
+
+# ---- GPUs, which here are made up ----
+
+
+class FakeGPUs:
+    """torch.cuda with four GPUs of which 2 is current; what is done with them in `seen`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current, self.seen = 2, []  # type: tuple[int, list[str]]
+        self.wrong: set[int] = set()
+        self.capturing = False
+        arange = torch.arange
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "device", self.device)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda i: self.seen.append(f"wait {i}"))
+
+        def on_device(*args: float, device: str) -> Tensor:
+            self.seen.append(device)
+            return arange(*args)
+
+        monkeypatch.setattr(torch, "arange", on_device)
+        monkeypatch.setattr(first_kernel, "find_spec", lambda name: name)
+        monkeypatch.setattr(first_kernel, "TRITON", {"row_forward": self.row_forward})
+        for name in ("_chosen", "_cuda_launchers"):
+            monkeypatch.setattr(backend, name, {})
+
+    @contextmanager
+    def device(self, index: int) -> Iterator[None]:
+        before, self.current = self.current, index
+        yield
+        self.current = before
+
+    def row_forward(self, z: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+        self.seen.append(f"launch on {self.current}")
+        y = torch.nn.functional.layer_norm(z, (16,))
+        return (y.neg() if self.current in self.wrong else y), z
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGPUs]:
+    backend.gpu_reason.cache_clear()
+    yield FakeGPUs(monkeypatch)
+    backend.gpu_reason.cache_clear()
+
+
+def test_the_first_kernel_of_each_gpu_is_waited_for_and_compared(gpus: FakeGPUs) -> None:
+    gpus.wrong = {1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert backend.choose("cuda", torch.float32, 3) == "triton"
+        assert gpus.seen == ["cuda:3", "launch on 3", "wait 3"], "no other GPU is touched"
+        for _ in range(2):
+            assert backend.choose("cuda", torch.bfloat16, 3) == "triton"
+            assert backend.choose("cuda", torch.float32, 1) == "reference"
+        assert gpus.seen[3:] == ["cuda:1", "launch on 1", "wait 1"], "once on each"
+        assert "first Triton kernel failed (its values are wrong by up to 3.3" in backend.reason(
+            "cuda", torch.float32, 1
+        )
+    assert backend.cuda_launchers(torch.float32, 3) is backend.TRITON
+    with pytest.raises(RuntimeError, match="no kernel serves cuda float32"):
+        backend.cuda_launchers(torch.float32, 1)
+    del gpus.seen[:]
+    assert backend.choose("cuda", torch.float32) == "triton"
+    assert gpus.seen == ["cuda:2", "launch on 2", "wait 2"], "where none is said: the current one"
+
+
+def test_a_first_kernel_inside_an_export(gpus: FakeGPUs) -> None:
+    """Its tensors are real, where those that are exported are not."""
+    with FakeTensorMode():
+        assert backend.why_not("triton", "cuda", torch.float32, 0) == ""
+    assert gpus.seen == ["cuda:0", "launch on 0", "wait 0"]
+
+
+def test_a_captured_stream_is_not_waited_for(gpus: FakeGPUs) -> None:
+    gpus.capturing = True
+    assert backend.why_not("triton", "cuda", torch.float32, 0) == ""
+    assert gpus.seen == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_first_kernel_that_gives_no_number(
+    gpus: FakeGPUs, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    made: Callable[..., object] = lambda z, *args: (torch.full_like(z, value), z)  # noqa: E731
+    monkeypatch.setattr(first_kernel, "TRITON", {"row_forward": made})
+    assert "its values are wrong" in backend.why_not("triton", "cuda", torch.float32, 0)
+
+
+def test_a_fault_that_shows_when_it_is_waited_for(
+    gpus: FakeGPUs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(index: int) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\n...")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fault)
+    assert backend.why_not("triton", "cuda", torch.float32, 0) == (
+        "a first Triton kernel failed (CUDA error: an illegal memory access was encountered);"
+        " check the driver and the C compiler"
+    )

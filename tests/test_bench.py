@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -66,6 +67,39 @@ def test_a_refusal_is_printed_and_the_status_is_1(
     assert "REFUSED eager: output: relative error" in capsys.readouterr().out
 
 
+def test_the_rest_is_what_quick_leaves_out() -> None:
+    from bench.__main__ import main
+    from bench.cells import CPU_SUITES
+    from bench.gpu_cells import is_quick
+
+    given: list[Any] = []
+    with mock.patch("bench.__main__.run_suite", lambda name, cells, *_: not given.append(cells)):
+        for option in ("--quick", "--rest"):
+            main(["norm", option])
+    assert sorted(map(str, given[0] + given[1])) == sorted(map(str, CPU_SUITES["norm"]()))
+    assert all(map(is_quick, given[0])) and not any(map(is_quick, given[1]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_a_gpu_nothing_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench.__main__ import main
+
+    assert main(["rows", "--device", "cuda", "--out", str(tmp_path)]) == 0
+    assert "no CUDA device, so nothing was measured" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_commit_can_be_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from bench.machine import commit_of
+
+    monkeypatch.delenv("FUSED_BENCH_COMMIT", raising=False)
+    assert commit_of(tmp_path) == "unknown"
+    monkeypatch.setenv("FUSED_BENCH_COMMIT", "0123456789ab")
+    assert commit_of(tmp_path) == commit_of() == "0123456789ab"
+
+
 def test_the_time_limit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from bench.__main__ import main
 
@@ -100,6 +134,48 @@ def test_ratios_are_medians_of_the_rounds_ratios() -> None:
     ours, eager = _rows(make_cell(mode="forward"), this_machine("cpu"), times, facts)
     assert (ours.median_us, eager.median_us) == (1e6, 3e6)
     assert (eager.over_fused, eager.over_fused_p20, eager.over_fused_p80) == (3, 3, 3)
+
+
+def test_calls_and_replays_are_both_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with calls in place of replays; eager cannot be captured."""
+    from dataclasses import replace
+
+    from bench import harness, timing
+    from bench.machine import this_machine
+    from bench.providers import make_providers
+
+    captured: list[int] = []
+
+    def capture(walk: Any) -> Any:
+        captured.append(len(captured))
+        if len(captured) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing\n...")
+        return walk
+
+    clocks, make_ring, make_chain = harness.Clock, harness.make_ring, harness.make_chain
+    monkeypatch.setattr(timing, "capture", capture)
+    monkeypatch.setattr(harness, "Clock", lambda device, host: clocks("cpu"))
+    monkeypatch.setattr(harness, "make_chain", lambda cell, device: make_chain(cell, "cpu"))
+    monkeypatch.setattr(harness, "make_ring", lambda cell, device: make_ring(cell, "cpu"))
+    machine = replace(this_machine("cpu"), device="cuda")
+
+    def make(*given: Any) -> Any:
+        return [p for p in make_providers(*given) if p.name in ("fused", "eager", "add")]
+
+    outcome = harness.measure(make_cell(M=40), machine, 0.0, make)
+    assert outcome.refused == {"eager replayed": "operation not permitted when stream is capturing"}
+    got = {(r.provider, r.mode): r for r in outcome.rows}
+    called = {
+        (name, m) for name in ("fused", "eager", harness.AGAIN) for m in ("training", "backward")
+    }
+    replays = {(name, "training replayed") for name in ("fused", harness.AGAIN)}
+    assert set(got) == called | replays | {("add", "backward"), ("add", "backward replayed")}
+    assert got["fused", "training replayed"].over_fused == 1
+    again = got[harness.AGAIN, "training replayed"]
+    assert 0 < again.over_fused_p20 <= again.over_fused <= again.over_fused_p80
+    # A replay walks over the ring several times; its time is that of one step.
+    one, all_steps = got["fused", "training"], got["fused", "training replayed"]
+    assert all_steps.median_us < 4 * one.median_us
 
 
 def test_every_quick_suite_has_cells() -> None:
@@ -183,6 +259,31 @@ def made_up_block(provider: str, microseconds: float, **changes: Any) -> Any:
     fact = {"error": 0.0, "kept_bytes": 0, "ring": 1, "calls": 1}
     found = _rows(cell, this_machine("cpu"), times, {name: fact for name in ("fused", provider)})
     return next(r for r in found if r.provider == provider)
+
+
+def test_replays_have_a_table_of_their_own() -> None:
+    from bench_cases import make_cell
+
+    from bench.gpu_tables import SUMMARIES
+    from bench.harness import _rows
+    from bench.machine import this_machine
+
+    cell = make_cell(suite="rows", M=1000, N=1000, mode="forward", dtype="bfloat16")
+    times: dict[Any, list[float]] = {}
+    for mode, ours, eager in (("forward", 80e-6, 160e-6), ("forward replayed", 20e-6, 100e-6)):
+        again = [ours * f for f in (0.98, 1.0, 1.0, 1.0, 1.03)]
+        times |= {("fused", mode): [ours] * 5, ("fused again", mode): again}
+        times |= {("eager", mode): [eager] * 5, ("copy_", mode): [16e-6] * 5}
+    facts = {n: {"error": 0.0, "kept_bytes": "", "ring": 1, "calls": 1} for n, _ in times}
+    rows = _rows(cell, this_machine("cpu"), times, facts)
+    text = SUMMARIES["rows"](rows)
+    line = text.splitlines()[-1]
+    assert line.startswith(
+        "| N-A-D layer gelu bfloat16 1000×1000 forward | 80.0 | 20.0 | 200 | 250"
+    )
+    assert "| 2.00 | 5.00 | – | – | 0.996–1.006 | 0.996–1.006 |" in line
+    called = [r for r in rows if not r.mode.endswith("replayed")]
+    assert SUMMARIES["rows"](called) == text.partition("\n\nCalled from Python")[0]
 
 
 def test_roofline(tmp_path: Path) -> None:

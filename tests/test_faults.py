@@ -129,6 +129,7 @@ def test_no_triton_where_there_is_a_gpu() -> None:
     done = run_python(
         "import sys; sys.modules['triton'] = None\n"
         "import torch; torch.cuda.is_available = lambda: True\n"
+        "torch.cuda.current_device = lambda: 0\n"
         "from fused import backend; print(backend.why_not('triton', 'cuda', torch.float32))"
     )
     assert done.returncode == 0, done.stderr
@@ -147,7 +148,7 @@ def test_triton_without_a_driver() -> None:
 
 
 FIRST_LAUNCH = """
-import subprocess, sys, types, torch, triton.errors, fused
+import contextlib, subprocess, sys, types, torch, triton.errors, fused
 from fused import backend
 
 FAILURES = [
@@ -164,11 +165,14 @@ def row_forward(*args, **kwargs):
 kernels, row = types.ModuleType("fused.kernels"), types.ModuleType("fused.kernels.row")
 kernels.row, row.row_forward = row, row_forward
 sys.modules |= {"fused.kernels": kernels, "fused.kernels.row": row}
-zeros = torch.zeros
-torch.zeros = lambda *args, device=None, **kwargs: zeros(*args, **kwargs)
+arange = torch.arange
+torch.arange = lambda *args, device=None, **kwargs: arange(*args, **kwargs)
 torch.cuda.is_available = lambda: True
+torch.cuda.current_device = lambda: 0
+torch.cuda.device = lambda index: contextlib.nullcontext()
+torch.cuda.is_current_stream_capturing = lambda: False
 while FAILURES:
-    backend._gpu_reason.cache_clear()
+    backend.gpu_reason.cache_clear()
     print(backend.why_not("triton", "cuda", torch.float32))
     FAILURES.pop(0)
 """

@@ -13,6 +13,7 @@ import torch
 from sequentials import assert_close, outcome
 from test_channel_sequential import CASES
 from tolerances import assert_close as assert_accurate
+from tolerances import decades
 from torch import Tensor, nn
 
 import fused
@@ -110,7 +111,11 @@ def test_approximate_instructions(activation: str, dtype: torch.dtype) -> None:
     eager = run(lambda t: t.to(DEVICE), False)
     found = run(lambda t: t.to(DEVICE), True)
     for name, ours, right, theirs in zip(("y", "dz"), found, exact, eager, strict=True):
-        assert_accurate(name, ours, right, theirs, dtype)
+        for decade, where in decades(z):
+            values = (ours[where], right[where], theirs[where])
+            # Far out a function may vanish that is made of factors near one.
+            magnitude = min(1.0, float(z[where].abs().max()))
+            assert_accurate(f"{name} where z is {decade}", *values, dtype, magnitude)
 
 
 # ---- graphs and streams ----
@@ -154,7 +159,10 @@ def test_replays_of_a_graph_draw_new_masks(norm: str) -> None:
 
 
 def test_two_streams() -> None:
-    """Work on one stream does not wait for the other, nor read what the other writes."""
+    """Work on one stream does not wait for the other, nor read what the other writes.
+
+    Within rounding: cuBLAS promises the same bits on one stream alone.
+    """
     net = fused.Sequential(*block(nn.LayerNorm(96), p=0.0)).to(DEVICE)
     inputs = [torch.randn(4096, 64, device=DEVICE) for _ in range(8)]
     expected = [net(x) for x in inputs]
@@ -166,7 +174,8 @@ def test_two_streams() -> None:
             with torch.cuda.stream(streams[i % 2]):
                 found.append(net(x))
         torch.cuda.synchronize()
-        assert all(map(torch.equal, found, expected))
+        for ours, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, right)
 
 
 @EVERY_NORM
@@ -184,11 +193,19 @@ def test_compiles_as_one_graph(norm: str) -> None:
 @EVERY_NORM
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_and_grad_scaler(norm: str, dtype: torch.dtype) -> None:
-    """A hundred steps under autocast follow eager's loss."""
+    """A hundred steps under autocast follow eager's loss as eager follows itself.
+
+    Training enlarges rounding errors, by how much eager shows that starts a rounding error away.
+    """
     plain, net = twins(block(NORMS[norm](), p=0.0))
+    nudged = copy.deepcopy(plain)
+    with torch.no_grad():
+        for parameter in nudged.parameters():
+            noise = torch.rand_like(parameter) - 0.5
+            parameter.mul_(1 + torch.finfo(dtype).eps * noise)
     target = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 8)).to(DEVICE)
     losses: list[list[float]] = []
-    for model in (plain, net):
+    for model in (plain, nudged, net):
         generator = torch.Generator(DEVICE).manual_seed(3)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16)
@@ -203,8 +220,10 @@ def test_autocast_and_grad_scaler(norm: str, dtype: torch.dtype) -> None:
             scaler.update()
             losses[-1].append(float(loss))
     assert losses[0][-1] < losses[0][0] / 2, "it learns"
-    worst = max(abs(a - b) / a for a, b in zip(*losses, strict=True))
-    assert worst < 0.05, worst
+    spread, ours = (
+        max(abs(a - b) / a for a, b in zip(losses[0], others, strict=True)) for others in losses[1:]
+    )
+    assert ours <= 4 * spread, (ours, spread)
 
 
 def test_device_and_cpu_draw_the_same_mask() -> None:

@@ -16,7 +16,7 @@ from cases import (
     run_operator,
     run_reference,
 )
-from tolerances import FLOOR, assert_close
+from tolerances import FLOOR, assert_close, decades
 
 from fused import reference
 from fused.spec import Epilogue
@@ -227,6 +227,26 @@ def test_an_infinite_gradient_is_zero_where_the_activation_is_flat(activation: s
     epilogue = make_epilogue(None, activation)
     eager = run_reference(inputs, epilogue, torch.float32)["dz"]
     assert torch.equal(run_operator(inputs, epilogue)["dz"], eager) and bool((eager == 0).all())
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu_squared", None])
+def test_an_error_near_zero_is_seen_beside_large_values(activation: str | None) -> None:
+    """The rule that test_gpu.py has for approximate instructions, by decades of z."""
+    values = torch.cat([torch.linspace(-12, 12, 4000), torch.logspace(-30, 4, 500)])
+    z = torch.cat([values, -values])[None]
+    inputs, epilogue = Inputs(z=z, dy=torch.ones_like(z)), make_epilogue(None, activation)
+    ours = run_operator(inputs, epilogue)["y"]
+    right, eager = (run_reference(inputs, epilogue, d)["y"] for d in (torch.float64, z.dtype))
+
+    def judge(found: torch.Tensor) -> None:
+        for name, where in decades(z):
+            assert_close(name, found[where], right[where], eager[where], z.dtype)
+
+    judge(ours)
+    spoiled = torch.where(z.abs() < 1e-3, ours * 1.001, ours)
+    assert_close("all at once", spoiled, right, eager, z.dtype)
+    with pytest.raises(AssertionError, match=r"[+-]1e-\d+: .* times the allowed error"):
+        judge(spoiled)
 
 
 @pytest.mark.usefixtures("isa")

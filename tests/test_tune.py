@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="the rules are those of Triton kernels")
 from fused.kernels import channel_tuning, tuned, tuning
 from test_tuned import GPU, forward_tile, key
 
-from fused import backend, tune, tune_cases
+from fused import backend, clock, tune, tune_cases
 from fused.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("table")
@@ -59,6 +59,81 @@ def test_a_tile_that_fails_or_errs_is_left_out() -> None:
     for call, measure in (fake((rows, 4)), fake((rows, warps * 2), wrong=True)):
         expected, (asked,) = tune.tiles_of(call)
         assert tune.best_tile(asked, call, expected, 32, measure)[0] is None
+
+
+class Events:
+    """torch.cuda's events and graphs on a clock that only replays move."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, noise: list[float]) -> None:
+        self.now, self.noise, self.timing = 0.0, itertools.cycle(noise), False
+        self.made: list[str] = []
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+        monkeypatch.setattr(clock, "capture", self.capture)
+
+    def capture(self, call: Callable[[], Any], times: int = 1) -> Callable[[], None]:
+        """Replays take as long as what the call returns while it is captured."""
+        assert not self.timing
+        (found,) = {call() for _ in range(times)}
+
+        def replay() -> None:
+            self.now += times * found * next(self.noise)
+
+        return replay
+
+
+class Event:
+    def __init__(self, events: Events) -> None:
+        self.events = events
+
+    def record(self) -> None:
+        self.events.timing = not self.events.timing
+        self.at = self.events.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.at - self.at
+
+
+def test_only_replays_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls, and with them `tuned.instead`, are made before the first event."""
+    rows, warps = forward_tile().block_m, forward_tile().num_warps
+    events = Events(monkeypatch, [1.0])
+    timing: list[bool] = []
+    instead = tuned.instead
+    monkeypatch.setattr(tuned, "instead", lambda t: timing.append(events.timing) or instead(t))
+
+    def call() -> Any:
+        tile = forward_tile()
+        faster = (tile.block_m, tile.num_warps) == (rows, warps * 2)
+        return Time(1.0 if faster else 2.0)
+
+    class Time(float):
+        """A time that is also a list of one tensor, as a call's result is."""
+
+        def __iter__(self) -> Any:
+            return iter([torch.ones(1)])
+
+    _, (asked,) = tune.tiles_of(call)
+    found = tune.best_tile(asked, call, [torch.ones(1)], 32, clock.measure_on_gpu)
+    assert found == ((rows, warps * 2), 2.0)
+    assert timing and not any(timing)
+
+
+def test_a_gain_within_the_noise_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert clock.noise_floor([1.0] * 5, [1.0] * 5) == 1.0
+    assert clock.noise_floor([1.0, 1.0, 1.0, 1.1, 0.9], [1.0] * 5) == pytest.approx(1 / 0.98)
+    rows, warps = forward_tile().block_m, forward_tile().num_warps
+    call, liking = fake((rows, warps * 2))
+    expected, (asked,) = tune.tiles_of(call)
+
+    def noisy(calls: list[Callable[[], Any]]) -> list[list[float]]:
+        times = liking(calls)
+        times[0], times[1] = [2.0, 5.0, 2.0, 5.0, 2.0], [5.0, 2.0, 5.0, 2.0, 2.0]
+        return [t * 5 if len(t) == 1 else (t + t)[:5] for t in times]
+
+    assert tune.best_tile(asked, call, expected, 32, noisy)[0] is None
 
 
 class FakeCase:

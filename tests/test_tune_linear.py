@@ -97,7 +97,12 @@ def test_the_compiler_takes_what_the_table_says(table: Path) -> None:
 # ---- the measurement ----
 
 
-def fake(monkeypatch: pytest.MonkeyPatch, gains: dict[int, float], error: float = 0.0) -> Any:
+def fake(
+    monkeypatch: pytest.MonkeyPatch,
+    gains: dict[int, float],
+    error: float = 0.0,
+    noise: float = 1.0,
+) -> Any:
     """A clock by which the kernel is so many times faster at a number of rows."""
     rows_now: list[int] = []
 
@@ -111,7 +116,10 @@ def fake(monkeypatch: pytest.MonkeyPatch, gains: dict[int, float], error: float 
         return (lambda: [torch.ones(3)]), kernel
 
     def measure(calls: list[Callable[[], Any]]) -> list[list[float]]:
-        return [[2.0] * 3, [2.0 / gains[rows_now[0]]] * 3]
+        library, again, kernel = calls
+        assert again is library is not kernel
+        once = [2.0, 2.0 * noise, 2.0 / noise]
+        return [[2.0] * 3, once, [2.0 / gains[rows_now[0]]] * 3]
 
     monkeypatch.setattr(tune_linear, "make_calls", make_calls)
     monkeypatch.setattr(tune_linear, "is_served", lambda case, device: True)
@@ -131,6 +139,8 @@ def test_the_kernel_has_to_be_faster_at_every_batch(monkeypatch: pytest.MonkeyPa
     assert measured(faster, {"another": 1.3}) == {"another": 1.3, CASE.key: 1.1}
     at_one = fake(monkeypatch, {small: 1.5, large: 1.01})
     assert measured(at_one, {CASE.key: 1.1}) == {}
+    noisy = fake(monkeypatch, {small: 1.5, large: 1.1}, noise=1.3)
+    assert measured(noisy, {CASE.key: 1.1}) == {}
 
 
 @pytest.mark.parametrize("error", [0.1, -1.0])

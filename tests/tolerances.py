@@ -8,6 +8,8 @@ largest oracle value, or for gradients that cancel (a row of one element) the te
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -56,3 +58,15 @@ def assert_close(
         f"got {float(result[place])!r}, oracle {float(oracle[place])!r}, "
         f"eager {float(eager[place])!r}"
     )
+
+
+def decades(z: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Where z is of one sign and one power of ten, each with its name.
+
+    A function of each element is compared by them where its values are of all magnitudes: scaled by
+    the largest of all, the rule would allow any error near zero.
+    """
+    powers = z.double().abs().log10().floor()
+    for sign, of_sign in (("+", z > 0), ("-", z < 0)):
+        for power in powers[of_sign].unique().tolist():
+            yield f"{sign}1e{power:.0f}", of_sign & (powers == power)

@@ -4,9 +4,9 @@ Both readers give the same facts. `body` are the instructions that a thread exec
 elements of a tile: those of the innermost loops that touch global memory, or, where there is no
 such loop, all of them, so that what is done once a program is counted too. Where several such loops
 follow each other (a kernel that walks over its rows twice) their bodies are added up. A count is
-static: both sides of a branch are in it. `walks_of` counts the same loops in Triton's code: where
-the compiler has made more of them (unrolled one, with a loop for what is left) a body is not that
-of one step.
+static: both sides of a branch are in it, but not NVIDIA's subroutines behind the last EXIT.
+`walks_of` counts the same loops in Triton's code: where the compiler has made more of them
+(unrolled one, with a loop for what is left) a body is not that of one step.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def _parse_sass(text: str) -> list[_Instruction]:
             found = re.findall(r"0x([0-9a-f]+)", rest)
             target = int(found[-1], 16) if found else None
         code.append(_Instruction(opcode, int(place, 16), target))
-    return code
+    # Behind the last EXIT are subroutines of rare cases, a division's for example, and padding.
+    exits = [i for i, at in enumerate(code) if at.opcode.startswith("EXIT")]
+    return code[: exits[-1] + 1] if exits else code
 
 
 def _sass_loops(code: Sequence[_Instruction]) -> list[frozenset[int]]:

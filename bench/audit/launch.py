@@ -26,7 +26,7 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
-    torch.bool: "*i1",
+    torch.bool: "*u1",
 }
 _HALVES = (torch.bfloat16, torch.float16)
 # What a program treats at once, by the names of the kernels' constants.

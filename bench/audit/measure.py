@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -28,6 +28,10 @@ class Job(NamedTuple):
     index: int
 
 
+# Key, job, launch, and whether it is a headline's.
+Planned = tuple[str, Job, Launch, bool]
+
+
 def launches_of(family: Family, case: Case) -> list[Launch]:
     """The launches of a case for its target."""
     with captured(case["target"]) as found:
@@ -35,7 +39,7 @@ def launches_of(family: Family, case: Case) -> list[Launch]:
     return found
 
 
-def planned() -> Iterator[tuple[str, Job, Launch, bool]]:
+def planned() -> Iterator[Planned]:
     """(key, job, launch, whether it is a headline's) of every binary, each once."""
     seen: set[str] = set()
     for family in FAMILIES:
@@ -72,14 +76,25 @@ def _compile_all(jobs: Sequence[Job], processes: int, say: bool) -> list[str | N
     return results
 
 
-def audit(processes: int | None = None, say: bool = False) -> Report:
-    """The whole audit.
+def sampled(plan: Iterable[Planned]) -> Iterator[Planned]:
+    """Of a plan what brings a new kernel, or a family to a new target."""
+    seen: set[tuple[str, str]] = set()
+    for entry in plan:
+        _, job, launch, _ = entry
+        met = {("", launch.name), (job.family, job.case["target"])}
+        if not met <= seen:
+            seen |= met
+            yield entry
+
+
+def audit(processes: int | None = None, say: bool = False, sample: bool = False) -> Report:
+    """The whole audit, or of a sample of binaries and without traffic.
 
     Args:
         processes: that compile what is not in .cache/audit; by default one for each core.
         say: print progress.
     """
-    plan = list(planned())
+    plan = list(sampled(planned()) if sample else planned())
     missing = [job for key, job, _, _ in plan if kept(key) is None]
     failed = []
     if missing:
@@ -94,5 +109,7 @@ def audit(processes: int | None = None, say: bool = False) -> Report:
         if binary is not None:
             where = (job.case["target"], labels[job.family](job.case), job.index)
             binaries.append(Measured.of(launch, *where, headline, binary))
+    if sample:
+        return Report(binaries=binaries, failed=failed)
     moved = traffic.measured()
     return Report(binaries=binaries, streams=moved.streams, outside=moved.outside, failed=failed)

@@ -22,7 +22,7 @@ FLOAT, DOUBLE = torch.float32, torch.float64
 def reasons(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """A machine with a GPU, where these backends fail for these reasons, or not at all."""
     found = {"triton": "", "cuda": ""}
-    monkeypatch.setattr(backend, "_gpu_reason", lambda name: found[name])
+    monkeypatch.setattr(backend, "gpu_reason", lambda name, index: found[name])
     monkeypatch.setattr(backend, "_chosen", {})
     monkeypatch.setattr(backend, "_cuda_launchers", {})
     with warnings.catch_warnings():
@@ -47,39 +47,39 @@ def test_chosen_where_triton_does_not_serve(reasons: dict[str, str]) -> None:
 
 
 def test_operators_take_the_launchers_of_the_backend(reasons: dict[str, str]) -> None:
-    assert backend.cuda_launchers(FLOAT) is launchers.TRITON
-    own = backend.cuda_launchers(DOUBLE)
+    assert backend.cuda_launchers(FLOAT, 0) is launchers.TRITON
+    own = backend.cuda_launchers(DOUBLE, 0)
     assert set(own) == set(ops.OPERATORS) == set(launchers.TRITON)
     assert own["row_forward"] is cuda_row.row_forward
     with fused.use_backend("cuda"):
-        assert backend.cuda_launchers(FLOAT) is own
+        assert backend.cuda_launchers(FLOAT, 0) is own
     with fused.use_backend("reference"):  # whoever calls an operator has chosen it before
-        assert backend.cuda_launchers(FLOAT) is launchers.TRITON
+        assert backend.cuda_launchers(FLOAT, 0) is launchers.TRITON
     backend._cuda_launchers.clear()
     reasons |= {"triton": "no triton", "cuda": "no library"}
     with pytest.raises(RuntimeError, match=r"no kernel serves cuda float32 \(triton: no triton;"):
-        backend.cuda_launchers(FLOAT)
+        backend.cuda_launchers(FLOAT, 0)
 
 
 @pytest.mark.usefixtures("emulation")
 def test_the_operators_implementation_calls_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is registered for the CUDA key, on CPU tensors."""
-    asked: list[torch.dtype] = []
+    asked: list[tuple[torch.dtype, int]] = []
 
-    def launchers(dtype: torch.dtype) -> ops.Launchers:
-        asked.append(dtype)
+    def found(dtype: torch.dtype, index: int) -> launchers.Launchers:
+        asked.append((dtype, index))
         return vars(LAUNCHERS)
 
-    monkeypatch.setattr(ops, "cuda_launchers", launchers)
+    monkeypatch.setattr(backend, "cuda_launchers", found)
     x, codes = make_inputs(3, 8, DOUBLE), make_epilogue("layer", "gelu", 0.1).codes
     arguments = (x.z, *x.parameters, x.residual, x.seed, *codes)
-    y, statistics = ops._for_cuda("row_forward")(*arguments)
+    y, statistics = backend._for_cuda("row_forward")(*arguments)
     expected = LAUNCHERS.row_forward(*arguments)
     assert torch.equal(y, expected[0]) and torch.equal(statistics, expected[1])
     z = x.z.clone()
-    assert ops._for_cuda("row_forward_")(z, *arguments[1:]) is None
+    assert backend._for_cuda("row_forward_")(z, *arguments[1:]) is None
     assert torch.equal(z, y)
-    assert asked == [DOUBLE, DOUBLE]
+    assert asked == [(DOUBLE, -1)] * 2  # -1: the index of CPU tensors
 
 
 def test_backward_asks_for_what_forward_asked_for() -> None:
@@ -105,12 +105,13 @@ def test_backward_asks_for_what_forward_asked_for() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend._gpu_reason.cache_clear()
+    backend.gpu_reason.cache_clear()
     cuda_library.load.cache_clear()
     try:
         assert backend.why_not("cuda", "cuda", FLOAT) == "torch sees no CUDA device"
-        backend._gpu_reason.cache_clear()
+        backend.gpu_reason.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(cuda_library, "LIBRARY", Path("/nonexistent/_cuda.abi3.so"))
         said = backend.why_not("cuda", "cuda", DOUBLE)
         assert said.startswith("the CUDA C++ kernels were not built; install nvcc and run 'pip")
@@ -118,7 +119,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RuntimeError, match="fused: the CUDA C\\+\\+ kernels were not built"):
             cuda_library.launch("sum", cuda_library.SumProblem(), torch.empty(0))
     finally:
-        backend._gpu_reason.cache_clear()
+        backend.gpu_reason.cache_clear()
         cuda_library.load.cache_clear()
 
 

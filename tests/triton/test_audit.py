@@ -32,12 +32,22 @@ def report() -> Report:
     return audit()
 
 
+def test_a_sample_passes_the_gates() -> None:
+    found = audit(sample=True)
+    assert {m.target for m in found.binaries} == set(TARGETS)
+    for name in ("compiles", "spills", "widths", "conversions", "matrix"):
+        complaints = gates.GATES[name](found)
+        assert not complaints, "\n".join(complaints)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("gate", gates.GATES)
 def test_gate_is_open(report: Report, gate: str) -> None:
     complaints = gates.GATES[gate](report)
     assert not complaints, "\n".join(complaints)
 
 
+@pytest.mark.full
 def test_instruction_counts_are_those_of_the_committed_report(report: Report) -> None:
     baseline = command.committed()
     skipped = gates.why_skipped(report, baseline)
@@ -48,6 +58,7 @@ def test_instruction_counts_are_those_of_the_committed_report(report: Report) ->
     assert not complaints, "\n".join(complaints)
 
 
+@pytest.mark.full
 def test_every_kernel_is_compiled_for_every_target(report: Report) -> None:
     kernels = set()
     for path in (ROOT / "kernels").glob("*.py"):
@@ -64,10 +75,12 @@ def test_every_kernel_is_compiled_for_every_target(report: Report) -> None:
     assert found - headlines <= {("_channel_group_sum_kernel", target) for target in TARGETS}
 
 
+@pytest.mark.full
 def test_every_binary_has_a_name_of_its_own(report: Report) -> None:
     assert len({m.key for m in report.binaries}) == len(report.binaries)
 
 
+@pytest.mark.full
 def test_every_kernel_is_interpreted(report: Report) -> None:
     found = {s.kernel for s in report.streams}
     assert found == {m.kernel for m in report.binaries} - set(exceptions.ONLY_ON)
@@ -101,11 +114,13 @@ def test_the_document_has_the_tables_of_the_committed_report() -> None:
     assert markdown_of_exceptions() in document
 
 
+@pytest.mark.full
 def test_a_report_is_read_as_it_was_written(report: Report, tmp_path: Path) -> None:
     report.write(tmp_path / "report.json")
     assert Report.read(tmp_path / "report.json") == report
 
 
+@pytest.mark.full
 def test_the_exit_status_is_that_of_the_gates(
     report: Report,
     monkeypatch: pytest.MonkeyPatch,

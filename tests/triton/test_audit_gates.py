@@ -240,14 +240,29 @@ SASS = """
         /*0040*/                   MUFU.EX2 R4, R4 ;                 /* 0x04 */
         /*0050*/                   STG.E.U16 desc[UR4][R2.64], R4 ;  /* 0x05 */
         /*0060*/                   EXIT ;                            /* 0x06 */
-        /*0070*/                   BRA 0x70;                         /* 0x07 */
-        /*0080*/                   NOP;                              /* 0x08 */
+        /*0070*/                   MUFU.RCP R4, R4 ;                 /* 0x07 */
+        /*0080*/                   RET.REL.NODEC R2 0x0 ;            /* 0x08 */
+        /*0090*/                   BRA 0x90;                         /* 0x09 */
+        /*00a0*/                   NOP;                              /* 0x0a */
 """
+
+
+def test_tensors_have_the_types_that_triton_gives_them() -> None:
+    """Triton's own launch asks for the name of the dtype, and its cache for the same source."""
+    from triton.runtime.jit import mangle_type
+
+    for dtype in (torch.bool, torch.int64, torch.float32, torch.bfloat16, torch.float16):
+        found = launch_of(_turned_kernel, z_ptr=pointer(4096, dtype), y_ptr=pointer(4096), ALIGN=1)
+        source = replace(
+            found, arguments=found.arguments | {"BLOCK_M": 1, "BLOCK_N": 4096}
+        ).source()
+        assert source.signature["z_ptr"] == mangle_type(torch.empty(1, dtype=dtype))
 
 
 def test_sass_is_read() -> None:
     code = assembly._parse_sass(SASS)
-    assert [at.opcode for at in code][:3] == ["LDC", "LDG.E.128", "FADD"] and len(code) == 8
+    assert [at.opcode for at in code][:3] == ["LDC", "LDG.E.128", "FADD"]
+    assert [at.opcode for at in code][3:] == ["BRA", "MUFU.EX2", "STG.E.U16", "EXIT"]
     loops = assembly._sass_loops(code)
     assert assembly.innermost(code, loops, assembly._SASS.global_memory) == [frozenset({1, 2, 3})]
 

@@ -117,6 +117,7 @@ def check(launch: Launch, arch: str, *, matrix: bool = True) -> None:
     assert binary.store_widths.get("16", 0) > 0, what
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arch", TARGETS)
 @pytest.mark.parametrize("case", EVERYWHERE, ids=str)
 def test_every_width_on_every_gpu(case: Case, arch: str) -> None:
@@ -125,11 +126,13 @@ def test_every_width_on_every_gpu(case: Case, arch: str) -> None:
     check(launch_of(case, arch), arch)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", HOPPER, ids=str)
 def test_activations_and_dtypes_on_sm_90(case: Case) -> None:
     check(launch_of(case, "sm_90"), "sm_90")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 @pytest.mark.parametrize(
     "arch, cols", [("sm_90", 64), ("sm_90", 128), *((arch, 256) for arch in list(TARGETS)[:4])]
@@ -138,6 +141,7 @@ def test_float32(arch: str, cols: int, precision: str) -> None:
     check(launch_of(replace(FP32, cols=cols), arch, precision), arch, matrix=precision == "tf32")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 @pytest.mark.parametrize("arch", list(TARGETS)[:4])
 @pytest.mark.parametrize("case", [BATCH, GROUP], ids=str)
@@ -166,6 +170,7 @@ def test_descriptors_with_nothing_but_the_product() -> None:
     assert audit(launch, "sm_90").spills == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
 def test_tf32_by_descriptors(arch: str) -> None:
     launch = launch_of(replace(PLAIN, dtype=torch.float32), arch, "tf32")

@@ -6,8 +6,8 @@ missing or misplaced parameter would show on a GPU and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -24,23 +24,17 @@ from fused.kernels import (
     norm,
     row,
     row_backward,
+    tuning,
 )
 
 from fused import launchers, ops
-from fused.spec import NORM_NAMES
+from fused.spec import NORM_CODES, NORM_NAMES
 
-# operator: its launcher's module and name, and the function that ops.py registers for CUDA
-OPERATORS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "row_forward": (row, "row_forward", launchers.triton_row_forward),
-    "row_forward_": (row, "row_forward", launchers.triton_row_forward_),
-    "row_backward": (row_backward, "row_backward", launchers.triton_row_backward),
-    "linear_row_forward": (gemm_row, "linear_row_forward", launchers.triton_linear("row")),
-    "linear_channel_forward": (
-        *(gemm_channel, "linear_channel_forward"),
-        launchers.triton_linear("channel"),
-    ),
-    "channel_apply_": (channel, "channel_apply", launchers.triton_channel_apply_),
-} | {name: (channel, name, launchers.triton_channel(name)) for name in launchers.CHANNEL_LAUNCHERS}
+PLACES = launchers.PLACES | launchers.LINEAR_PLACES
+MODULES = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (channel, gemm_channel, gemm_row, row, row_backward)
+}
 
 
 def schema_names(operator: str) -> list[str]:
@@ -53,26 +47,32 @@ def test_every_cuda_kernel_is_listed() -> None:
         if name.startswith("fused_lnad::") and torch._C._dispatch_has_kernel_for_dispatch_key(
             name, "CUDA"
         ):
-            assert name.removeprefix("fused_lnad::") in OPERATORS
+            assert name.removeprefix("fused_lnad::") in PLACES
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", PLACES)
 def test_signature_is_the_schema(operator: str) -> None:
-    module, name, _ = OPERATORS[operator]
-    parameters = inspect.signature(getattr(module, name)).parameters.values()
+    place = PLACES[operator]
+    function = getattr(MODULES[place.module], place.function)
+    parameters = inspect.signature(function).parameters.values()
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == schema_names(operator)
     # Anything more is by keyword, and optional.
     assert all(p.default is None for p in parameters if p.kind is p.KEYWORD_ONLY)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", PLACES)
 def test_registered_function_passes_every_argument_on(operator: str) -> None:
-    module, name, registered = OPERATORS[operator]
+    place = PLACES[operator]
+    registered = launchers.launcher(place)
     arguments = {n: mock.MagicMock(name=n) for n in schema_names(operator)}
-    with mock.patch.object(module, name, autospec=True) as launcher:
+    with mock.patch.object(MODULES[place.module], place.function, autospec=True) as launcher:
         registered(*arguments.values())
-    launcher.assert_called_once()
+        with mock.patch.object(launchers, "import_module", side_effect=AssertionError):
+            registered(*arguments.values())  # looked up once
+    assert launcher.call_count == 2
+    z = arguments[schema_names(operator)[0]]
+    assert launcher.call_args.kwargs == ({"out": z} if place.in_place else {})
     called = inspect.signature(launcher).bind(*launcher.call_args.args, **launcher.call_args.kwargs)
     passed = {n: value for n, value in called.arguments.items() if n != "out"}
     assert passed == arguments
@@ -83,3 +83,42 @@ def test_constants_are_the_operators() -> None:
         assert getattr(row_backward, name) == getattr(ops, name)
         assert getattr(channel_backward, name) == getattr(ops, name)
     assert {NORM_NAMES[code]: n for code, n in enumerate(ops.STATISTICS_OF)} == norm.STATISTICS
+
+
+class OnGPU:
+    """A tensor on a GPU as far as `tuning.device_of` looks."""
+
+    def __init__(self, index: int) -> None:
+        self.is_cuda, self.index = index >= 0, index
+
+    def get_device(self) -> int:
+        return self.index
+
+
+def test_only_another_gpu_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[int] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(
+        torch.cuda, "device_of", lambda z: entered.append(z.index) or contextlib.nullcontext()
+    )
+    for index in (-1, 1, 1, 3):
+        with tuning.device_of(OnGPU(index)):  # type: ignore[arg-type]
+            pass
+    assert entered == [3]
+
+
+@pytest.mark.parametrize("norm, shape", [("batch", (1, 5, 8)), ("group", (5, 1, 8))])
+def test_a_shape_is_passed_as_a_shape(
+    norm: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tensor is made only to say how large another one would be."""
+    made: list[Any] = []
+    monkeypatch.setattr(gemm_channel, f"{norm}_forward", lambda *args: made.append(args[-1]))
+    x, weight = (mock.Mock(spec=["shape", "element_size"], shape=s) for s in ((5, 16), (8, 16)))
+    x.element_size.return_value = 2
+    scalars = (1 if norm == "batch" else 2, True, 1e-5, 0, 0.0, 0.0, 0, False)
+    code = NORM_CODES[norm]
+    gemm_channel.linear_channel_forward(x, weight, *(None,) * 5, True, code, *scalars)
+    (problem,) = made
+    assert (problem.samples, problem.positions, problem.channels) == shape
+    assert problem.itemsize == 2

@@ -26,7 +26,7 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def _cpu_as_gpu() -> Iterator[None]:
     """The operator runs the launcher for CPU tensors, and gemm.py takes those for a GPU's."""
     library = torch.library.Library("fused_lnad", "IMPL")
-    library.impl("linear_channel_forward", launchers.triton_linear("channel"), "CPU")
+    library.impl("linear_channel_forward", launchers.LINEAR["linear_channel_forward"], "CPU")
     device = tuning.INTERPRETER.arch, tuning.INTERPRETER.warp_size
     with mock.patch.multiple(gemm, _is_on_gpu=lambda x: True, _device=lambda index: device):
         yield

@@ -35,7 +35,7 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def _cpu_as_gpu() -> Iterator[None]:
     """The operator runs the launcher for CPU tensors, and gemm.py takes those for a GPU's."""
     library = torch.library.Library("fused_lnad", "IMPL")
-    library.impl("linear_row_forward", launchers.triton_linear("row"), "CPU")
+    library.impl("linear_row_forward", launchers.LINEAR["linear_row_forward"], "CPU")
     device = tuning.INTERPRETER.arch, tuning.INTERPRETER.warp_size
     with mock.patch.multiple(gemm, _is_on_gpu=lambda x: True, _device=lambda index: device):
         yield
