@@ -24,8 +24,25 @@ from .spec import is_gated, make_epilogue
 
 functorch_active = torch._C._are_functorch_transforms_active
 is_tracing = torch._C._is_tracing
-is_compiling = torch.compiler.is_dynamo_compiling
+is_exporting = torch.compiler.is_exporting
+_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _forward_ad = torch.autograd.forward_ad
+
+
+def is_compiling() -> bool:
+    """Whether torch.compile or torch.export records: sizes may be symbols, and nothing is kept."""
+    return _dynamo_compiling() or is_exporting()
+
+
+def recorded_plain() -> bool:
+    """Whether what is recorded now must be plain torch operators.
+
+    torch.jit.trace and ONNX know no others. torch.export records no autograd.Function, only the
+    operators inside, which have no gradient: they serve an export under no_grad.
+    """
+    if is_exporting():
+        return torch.is_grad_enabled() or torch.onnx.is_in_onnx_export()
+    return not _dynamo_compiling() and is_tracing()
 
 
 def make_codes(
@@ -36,8 +53,9 @@ def make_codes(
     parameters: tuple[tuple[str, float], ...] = (),
 ) -> Codes:
     """The operators' scalars for one chain; raises as `spec.make_epilogue` does."""
-    # The compiler warns of caches.
-    make = _cached_codes.__wrapped__ if is_compiling() else _cached_codes
+    # The compiler warns of caches, and a symbol belongs to one graph.
+    symbolic = isinstance(eps, torch.SymFloat) or isinstance(p, torch.SymFloat)
+    make = _cached_codes.__wrapped__ if symbolic or is_compiling() else _cached_codes
     return make(norm, eps, activation, p, parameters)
 
 
@@ -67,9 +85,7 @@ def transformed() -> bool:
 
 def composite(x: Tensor) -> bool:
     """Whether the chain runs as plain torch operators rather than as one operator."""
-    if transformed():
-        return True
-    if (is_compiling() or is_tracing()) and torch.onnx.is_in_onnx_export():
+    if transformed() or recorded_plain():
         return True
     return choose("cpu" if x.is_cpu else x.device.type, x.dtype) == "reference"
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .autograd import Codes
-from .dispatch import chain, is_tracing, make_codes, without_norm
+from .dispatch import chain, make_codes, recorded_plain, without_norm
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -51,7 +51,7 @@ class _Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = type(x) in _PLAIN and x.is_floating_point() and x.dim() > 0 and not x.is_nested
-        if not plain or is_tracing():
+        if not plain or recorded_plain():
             return self._by_torch(x)
         size = x.shape[self.dim]
         if size % 2:

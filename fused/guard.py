@@ -63,6 +63,14 @@ CHANNEL_DROPOUTS: dict[type, int | None] = {
 KIND_OF |= dict.fromkeys(NORM_CLASSES, NORM) | dict.fromkeys(CHANNEL_DROPOUTS, DROPOUT)
 
 
+def is_plain(t: Any) -> bool:
+    """Whether t is a tensor that a kernel can read, or stands for one while torch.export runs."""
+    kind = type(t)
+    if kind in PLAIN_TENSORS:
+        return True
+    return torch.compiler.is_exporting() and kind.__name__ == "FakeTensor"
+
+
 def _own_forward(kind: Any) -> Any:
     return kind.forward if kind.forward.__module__ == kind.__module__ else None
 
@@ -178,7 +186,7 @@ def tensor_of_child_reason(
 ) -> str:
     if t is None:
         return "" if optional else f"it has no {name}"
-    if type(t) not in PLAIN_TENSORS:
+    if not is_plain(t):
         return f"its {name} is a {type(t).__name__}"
     if t.layout is not torch.strided:
         return f"its {name} is {_short(t.layout)}"
@@ -226,7 +234,7 @@ def norm_reason(norm: nn.LayerNorm | nn.RMSNorm, device: torch.device, dtype: to
 
 def tensor_reason(x: Any) -> str:
     """Why the input, whatever its shape, cannot be read by a kernel."""
-    if type(x) not in PLAIN_TENSORS:
+    if not is_plain(x):
         return f"the input is a {type(x).__name__}"
     if x.is_nested:
         return "the input is a nested tensor"

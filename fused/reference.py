@@ -59,7 +59,10 @@ def activate(h: Tensor, activation: str | None, alpha: float = 0.0, beta: float 
 def normalize(z: Tensor, epilogue: Epilogue, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Layer or RMS normalisation along the last dimension."""
     if epilogue.norm == "layer":
-        return F.layer_norm(z, z.shape[-1:], weight, bias, epilogue.eps)
+        shape = z.shape[-1:]
+        if torch.jit.is_tracing():  # the older ONNX exporter takes constants alone
+            shape = torch.Size(map(int, shape))
+        return F.layer_norm(z, shape, weight, bias, epilogue.eps)
     if epilogue.norm == "rms":
         h = F.rms_norm(z, z.shape[-1:], weight, epilogue.eps)
         return h if bias is None else h + bias
