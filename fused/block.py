@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .chain import Chain
 from .checks import check_mask, check_residual
-from .guard import NORM_OF, is_plain
+from .guard import NORM_OF
 from .jagged import is_jagged, like, residual_values, values_of
 from .norms import MASKED_NORMS, ChannelDropout
+from .recording import is_plain
 from .sequential import Sequential
 
 

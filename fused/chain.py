@@ -25,17 +25,20 @@ from .dispatch import (
     apply_linear_row,
     apply_row,
     default_eps,
+    linear_chain,
+    make_codes,
+)
+from .dispatch import chain as run_chain
+from .guard import FORWARD_OF, activation_of
+from .norms import MASKED_NORMS
+from .random import draw_seed
+from .recording import (
+    PLAIN_TENSORS,
     functorch_active,
     is_compiling,
     is_tracing,
-    linear_chain,
-    make_codes,
     recorded_plain,
 )
-from .dispatch import chain as run_chain
-from .guard import FORWARD_OF, PLAIN_TENSORS, activation_of
-from .norms import MASKED_NORMS
-from .random import draw_seed
 from .stages import Stages
 
 _autocast_enabled = torch._C._is_any_autocast_enabled

@@ -17,32 +17,10 @@ from torch import Tensor
 from . import gemm, ops, reference, small
 from .autocast import autocast_dtype, cast_by_autocast, float32_under_autocast
 from .autograd import Codes, RowFunction, contiguous_rows, epilogue_of
-from .backend import choose
 from .linear import LinearRowFunction
 from .random import draw_seed
+from .recording import composite, is_compiling
 from .spec import is_gated, make_epilogue
-
-functorch_active = torch._C._are_functorch_transforms_active
-is_tracing = torch._C._is_tracing
-is_exporting = torch.compiler.is_exporting
-_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_forward_ad = torch.autograd.forward_ad
-
-
-def is_compiling() -> bool:
-    """Whether torch.compile or torch.export records: sizes may be symbols, and nothing is kept."""
-    return _dynamo_compiling() or is_exporting()
-
-
-def recorded_plain() -> bool:
-    """Whether what is recorded now must be plain torch operators.
-
-    torch.jit.trace and ONNX know no others. torch.export records no autograd.Function, only the
-    operators inside, which have no gradient: they serve an export under no_grad.
-    """
-    if is_exporting():
-        return torch.is_grad_enabled() or torch.onnx.is_in_onnx_export()
-    return not _dynamo_compiling() and is_tracing()
 
 
 def make_codes(
@@ -76,18 +54,6 @@ def default_eps(norm: str | None, eps: float | None, dtype: torch.dtype) -> floa
         return eps
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     return float(torch.finfo(compute).eps) if norm == "rms" else 1e-5
-
-
-def transformed() -> bool:
-    """Whether torch differentiates forward or transforms: the operator serves neither."""
-    return functorch_active() or _forward_ad._current_level >= 0
-
-
-def composite(x: Tensor) -> bool:
-    """Whether the chain runs as plain torch operators rather than as one operator."""
-    if transformed() or recorded_plain():
-        return True
-    return choose("cpu" if x.is_cpu else x.device.type, x.dtype) == "reference"
 
 
 def norm_alone(codes: Codes) -> Codes:

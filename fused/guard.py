@@ -16,10 +16,10 @@ from torch.nn.modules import module as _module
 
 from .gated import GATED_MODULES, GeGLU
 from .norms import NORM_CLASSES, ChannelDropout
+from .recording import is_plain
 from .spec import ACTIVATIONS, is_nan, known_parameters
 
 LINEAR, NORM, ACTIVATION, DROPOUT = range(4)
-PLAIN_TENSORS = (nn.Parameter, Tensor)
 _NO_PARAMETERS: tuple[tuple[str, float], ...] = ()
 # Of the modules that have two activations, by their `approximate`.
 _BY_APPROXIMATE: dict[type, dict[str, str]] = {
@@ -61,14 +61,6 @@ CHANNEL_DROPOUTS: dict[type, int | None] = {
     ChannelDropout: None,
 }
 KIND_OF |= dict.fromkeys(NORM_CLASSES, NORM) | dict.fromkeys(CHANNEL_DROPOUTS, DROPOUT)
-
-
-def is_plain(t: Any) -> bool:
-    """Whether t is a tensor that a kernel can read, or stands for one while torch.export runs."""
-    kind = type(t)
-    if kind in PLAIN_TENSORS:
-        return True
-    return torch.compiler.is_exporting() and kind.__name__ == "FakeTensor"
 
 
 def _own_forward(kind: Any) -> Any:

@@ -31,7 +31,14 @@ LONGER: dict[str, tuple[int, str]] = {}
 
 # Each module may import only those before it.
 ORDER = ["spec", "random", "layout", "reference", "moments", "synchronize", "launchers", "ops"]
-ORDER += ["cuda_library", "cuda_row", "cuda_channel", "cuda_channel_backward", "backend"]
+ORDER += [
+    "cuda_library",
+    "cuda_row",
+    "cuda_channel",
+    "cuda_channel_backward",
+    "backend",
+    "recording",
+]
 ORDER += ["autograd", "autocast", "gemm", "linear", "running", "small", "dispatch", "gated"]
 ORDER += ["linear_channel", "checks", "channel_composite", "channel", "jagged", "functional"]
 ORDER += ["norms", "guard", "stages", "chain", "channel_chain", "plan", "sequential", "block"]
