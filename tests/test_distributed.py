@@ -175,6 +175,20 @@ def check_tensor_parallel(rank: int, folder: str) -> None:
     assert "hooks" in str(first) and "hooks" in str(second)
 
 
+def check_gated_columns(rank: int, folder: str) -> None:
+    """Columns cut a gated Linear wrongly, in eager torch too: docs/distributed.md warns of it."""
+    x, _ = batch()
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    for make in (fused.Sequential, nn.Sequential):
+        torch.manual_seed(0)
+        net = make(nn.Linear(FEATURES, 16), nn.GLU())
+        expected = net(x).detach()
+        y = parallelize_module(net, mesh, {"0": ColwiseParallel()})(x).detach()
+        parts = [torch.empty_like(y) for _ in range(PROCESSES)]
+        dist.all_gather(parts, y)
+        assert (torch.cat(parts, 1) - expected).abs().max() > 0.01
+
+
 def check_functions_of_dtensors(rank: int, folder: str) -> None:
     mesh = init_device_mesh("cpu", (PROCESSES,))
     torch.manual_seed(0)

@@ -187,3 +187,26 @@ def test_no_symbol_outlives_its_graph() -> None:
 
     for function in (run, other):
         make_fx(function, tracing_mode="symbolic")(torch.randn(4, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SERVED, reason="the C++ kernels are not built")
+def test_aot_inductor_package(tmp_path: Path) -> None:
+    model = fused.Sequential(
+        fused.MLP(FEATURES, [16], FEATURES, norm="layer"),
+        fused.LinearNormAct(FEATURES, 4, norm="batch", activation="silu"),
+    ).eval()
+    with torch.no_grad():
+        program = export(model, False)
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+        check(torch._inductor.aoti_load_package(package), model)
+    assert operators(program) == {"row_forward", "channel_apply"}
+
+
+def test_a_saved_program(tmp_path: Path) -> None:
+    block = fused.LinearNormAct(FEATURES, 4, norm="layer", activation="gelu").eval()
+    with torch.no_grad():
+        torch.export.save(export(block, False), tmp_path / "model.pt2")
+    check(torch.export.load(tmp_path / "model.pt2").module(), block)
