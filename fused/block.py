@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .chain import Chain
 from .checks import check_mask, check_residual
-from .guard import NORM_OF, PLAIN_TENSORS
+from .guard import NORM_OF
 from .jagged import is_jagged, like, residual_values, values_of
 from .norms import MASKED_NORMS, ChannelDropout
+from .recording import is_plain
 from .sequential import Sequential
 
 
@@ -64,7 +65,7 @@ class Block(Built):
             check_mask(operation, mask, input, self.channel_dim)
         steps = self._current_steps()
         step = steps[0] if len(steps) == 1 else None
-        if isinstance(step, Chain) and (residual is None or type(residual) in PLAIN_TENSORS):
+        if isinstance(step, Chain) and (residual is None or is_plain(residual)):
             shape = step.output_shape(input)
             if shape is not None:
                 if residual is not None:

@@ -25,19 +25,23 @@ from .dispatch import (
     apply_linear_row,
     apply_row,
     default_eps,
-    functorch_active,
-    is_tracing,
     linear_chain,
     make_codes,
 )
 from .dispatch import chain as run_chain
-from .guard import FORWARD_OF, PLAIN_TENSORS, activation_of
+from .guard import FORWARD_OF, activation_of
 from .norms import MASKED_NORMS
 from .random import draw_seed
+from .recording import (
+    PLAIN_TENSORS,
+    functorch_active,
+    is_compiling,
+    is_tracing,
+    recorded_plain,
+)
 from .stages import Stages
 
 _autocast_enabled = torch._C._is_any_autocast_enabled
-_compiling = torch.compiler.is_dynamo_compiling
 requested = backend.request.get
 _STRIDED = torch.strided
 _ABSENT = -1  # the address of a parameter that is None
@@ -152,8 +156,8 @@ class Chain(Stages):
     def __call__(
         self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        if _compiling() or functorch_active() or forward_ad._current_level >= 0:
-            if self.static_reason() or self.input_reason(x):
+        if is_compiling() or functorch_active() or forward_ad._current_level >= 0:
+            if recorded_plain() or self.static_reason() or self.input_reason(x):
                 return self._one_by_one(x, residual, mask)
             return self.run(x, residual, None, mask)
         if is_tracing():

@@ -22,14 +22,13 @@ from .autograd import ChannelCodes, ChannelFunction, Codes
 from .channel_composite import BATCH, elements_of, run_composite
 from .checks import few_values
 from .dispatch import (
-    composite,
-    is_compiling,
     needs_gradient,
     norm_alone,
 )
 from .gated import gate
 from .layout import Layout, apply_layout, layout_of, undo_layout
 from .random import draw_seed
+from .recording import composite, is_compiling
 from .running import ChannelNorm, update_running
 from .spec import NORM_CODES, is_gated
 

@@ -17,9 +17,9 @@ from .chain import Chain
 from .channel import drop_channels, run_channel, run_linear_channel
 from .checks import few_values
 from .dispatch import chain as run_chain
-from .dispatch import is_compiling, transformed
 from .guard import CHANNEL_DROPOUTS
 from .norms import NORM_CLASSES, channel_norm
+from .recording import is_compiling, transformed
 from .running import ChannelNorm
 
 _HALF = (torch.bfloat16, torch.float16)

@@ -17,15 +17,10 @@ from torch import Tensor
 from . import gemm, ops, reference, small
 from .autocast import autocast_dtype, cast_by_autocast, float32_under_autocast
 from .autograd import Codes, RowFunction, contiguous_rows, epilogue_of
-from .backend import choose
 from .linear import LinearRowFunction
 from .random import draw_seed
+from .recording import composite, is_compiling
 from .spec import is_gated, make_epilogue
-
-functorch_active = torch._C._are_functorch_transforms_active
-is_tracing = torch._C._is_tracing
-is_compiling = torch.compiler.is_dynamo_compiling
-_forward_ad = torch.autograd.forward_ad
 
 
 def make_codes(
@@ -36,8 +31,9 @@ def make_codes(
     parameters: tuple[tuple[str, float], ...] = (),
 ) -> Codes:
     """The operators' scalars for one chain; raises as `spec.make_epilogue` does."""
-    # The compiler warns of caches.
-    make = _cached_codes.__wrapped__ if is_compiling() else _cached_codes
+    # The compiler warns of caches, and a symbol belongs to one graph.
+    symbolic = isinstance(eps, torch.SymFloat) or isinstance(p, torch.SymFloat)
+    make = _cached_codes.__wrapped__ if symbolic or is_compiling() else _cached_codes
     return make(norm, eps, activation, p, parameters)
 
 
@@ -58,22 +54,6 @@ def default_eps(norm: str | None, eps: float | None, dtype: torch.dtype) -> floa
         return eps
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     return float(torch.finfo(compute).eps) if norm == "rms" else 1e-5
-
-
-def transformed() -> bool:
-    """Whether torch differentiates forward or transforms: the operator serves neither."""
-    return functorch_active() or _forward_ad._current_level >= 0
-
-
-def composite(x: Tensor) -> bool:
-    """Whether the chain runs as plain torch operators rather than as one operator."""
-    if transformed():
-        return True
-    if (is_compiling() or is_tracing()) and torch.onnx.is_in_onnx_export():
-        return True
-    if x.is_cpu:
-        return choose("cpu", x.dtype) == "reference"
-    return choose(x.device.type, x.dtype, x.get_device()) == "reference"
 
 
 def norm_alone(codes: Codes) -> Codes:

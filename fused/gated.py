@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from . import reference
 from .autograd import Codes
-from .dispatch import chain, is_tracing, make_codes, without_norm
-
-_PLAIN = (Tensor, nn.Parameter)
+from .dispatch import chain, make_codes, without_norm
+from .recording import is_plain, recorded_plain
 
 
 def gate(h: Tensor, dim: int, codes: Codes, residual: Tensor | None, seed: Tensor | None) -> Tensor:
@@ -50,8 +49,8 @@ class _Gated(nn.Module):
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = type(x) in _PLAIN and x.is_floating_point() and x.dim() > 0 and not x.is_nested
-        if not plain or is_tracing():
+        plain = is_plain(x) and x.is_floating_point() and x.dim() > 0 and not x.is_nested
+        if not plain or recorded_plain():
             return self._by_torch(x)
         size = x.shape[self.dim]
         if size % 2:

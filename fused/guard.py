@@ -16,10 +16,10 @@ from torch.nn.modules import module as _module
 
 from .gated import GATED_MODULES, GeGLU
 from .norms import NORM_CLASSES, ChannelDropout
+from .recording import is_plain
 from .spec import ACTIVATIONS, is_nan, known_parameters
 
 LINEAR, NORM, ACTIVATION, DROPOUT = range(4)
-PLAIN_TENSORS = (nn.Parameter, Tensor)
 _NO_PARAMETERS: tuple[tuple[str, float], ...] = ()
 # Of the modules that have two activations, by their `approximate`.
 _BY_APPROXIMATE: dict[type, dict[str, str]] = {
@@ -178,7 +178,7 @@ def tensor_of_child_reason(
 ) -> str:
     if t is None:
         return "" if optional else f"it has no {name}"
-    if type(t) not in PLAIN_TENSORS:
+    if not is_plain(t):
         return f"its {name} is a {type(t).__name__}"
     if t.layout is not torch.strided:
         return f"its {name} is {_short(t.layout)}"
@@ -226,7 +226,7 @@ def norm_reason(norm: nn.LayerNorm | nn.RMSNorm, device: torch.device, dtype: to
 
 def tensor_reason(x: Any) -> str:
     """Why the input, whatever its shape, cannot be read by a kernel."""
-    if type(x) not in PLAIN_TENSORS:
+    if not is_plain(x):
         return f"the input is a {type(x).__name__}"
     if x.is_nested:
         return "the input is a nested tensor"

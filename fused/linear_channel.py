@@ -10,9 +10,10 @@ from torch import Tensor
 
 from . import gemm, ops
 from .autograd import Codes
-from .dispatch import composite, needs_gradient
+from .dispatch import needs_gradient
 from .linear import LinearChannelFunction
 from .random import draw_seed
+from .recording import composite
 from .running import ChannelNorm, update_running
 from .spec import is_gated
 

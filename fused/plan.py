@@ -71,7 +71,7 @@ class Entry:
     Args:
         names: the children's names.
         chain: what they form ("linear → layer → gelu"), or the class of a single child.
-        fused: whether they run as one operation, as far as can be known without an input.
+        fused: whether they would run as one operation now, as far as can be known without an input.
         reason: why not; else why the last call, if it was unfused, was; else empty.
         fused_calls, unfused_calls: calls so far. Those of a compiled model are not counted: the
             compiler keeps the operators, not the code that counts.
@@ -85,12 +85,17 @@ class Entry:
     unfused_calls: int
 
     def __str__(self) -> str:
-        where = ", ".join(self.names)
         state = "fused" if self.fused else "not fused"
-        calls = f"; {self.fused_calls} calls fused, {self.unfused_calls} not"
-        counted = calls if self.fused_calls or self.unfused_calls else ""
-        reason = f": {self.reason}" if self.reason else ""
-        return printable(f"[{where}] {self.chain}: {state}{reason}{counted}")
+        reason = "" if self.fused else f": {self.reason}"
+        calls = last = ""
+        if self.fused_calls or self.unfused_calls:
+            calls = f"; {self.fused_calls} calls fused, {self.unfused_calls} not"
+        if not self.fused and self.fused_calls:
+            state += " now"
+        if self.fused and self.reason:
+            last = f"; the last call was not: {self.reason}"
+        names = ", ".join(self.names)
+        return printable(f"[{names}] {self.chain}: {state}{reason}{calls}{last}")
 
 
 class Plan(list[Entry]):
@@ -104,6 +109,8 @@ def make_entry(step: Chain | Single, prefix: str = "") -> Entry:
     """What one step would do now; `prefix` is that of the children's names."""
     if isinstance(step, Single):
         why = "not part of a chain of Linear, norm, activation, dropout"
+        if type(step.child) in KIND_OF:
+            why = "a chain needs two or more of Linear, norm, activation, dropout, in this order"
         return Entry((prefix + step.name,), type(step.child).__name__, False, why, 0, 0)
     stopped = step.own_reason()
     return Entry(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,17 +60,31 @@ def activate(h: Tensor, activation: str | None, alpha: float = 0.0, beta: float 
 def normalize(z: Tensor, epilogue: Epilogue, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Layer or RMS normalisation along the last dimension."""
     if epilogue.norm == "layer":
-        return F.layer_norm(z, z.shape[-1:], weight, bias, epilogue.eps)
+        shape = z.shape[-1:]
+        if torch.jit.is_tracing():  # the older ONNX exporter takes constants alone
+            shape = torch.Size(map(int, shape))
+        return F.layer_norm(z, shape, weight, bias, epilogue.eps)
     if epilogue.norm == "rms":
         h = F.rms_norm(z, z.shape[-1:], weight, epilogue.eps)
         return h if bias is None else h + bias
     return z
 
 
+def _laid_as(keep: Tensor, y: Tensor) -> Tensor:
+    """keep, where y is a DTensor as one that is sharded alike; the first process's seed counts."""
+    if not hasattr(y, "device_mesh"):
+        return keep
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    given: Any = y
+    shards = [p if p.is_shard() else Replicate() for p in given.placements]
+    return distribute_tensor(keep, given.device_mesh, shards)
+
+
 def dropout(y: Tensor, threshold: int, seed: Tensor) -> Tensor:
     """Multiplies kept elements by the scale and dropped ones by zero; y is (rows, cols)."""
     compute = torch.promote_types(y.dtype, torch.float32)
-    keep = keep_mask(y.shape[0], y.shape[1], threshold, seed)
+    keep = _laid_as(keep_mask(y.shape[0], y.shape[1], threshold, seed), y)
     return (y.to(compute) * (keep.to(compute) * dropout_scale(threshold))).to(y.dtype)
 
 
@@ -234,7 +249,7 @@ def _channel_dropout(y: Tensor, epilogue: ChannelEpilogue, seed: Tensor) -> Tens
         return dropout(y.reshape(samples * rows, cols), epilogue.threshold, seed).view(y.shape)
     channels = cols if epilogue.channels_last else rows
     keep = keep_mask(samples, channels, epilogue.threshold, seed)
-    keep = keep[:, None, :] if epilogue.channels_last else keep[:, :, None]
+    keep = _laid_as(keep[:, None, :] if epilogue.channels_last else keep[:, :, None], y)
     compute = torch.promote_types(y.dtype, torch.float32)
     factor = keep.to(compute) * dropout_scale(epilogue.threshold)
     return (y.to(compute) * factor).to(y.dtype)

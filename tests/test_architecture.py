@@ -32,7 +32,7 @@ LONGER: dict[str, tuple[int, str]] = {}
 # Each module may import only those before it.
 ORDER = ["location", "spec", "random", "layout", "reference", "moments", "synchronize", "launchers"]
 ORDER += ["ops", "cuda_library", "cuda_row", "cuda_channel", "cuda_channel_backward"]
-ORDER += ["first_kernel", "backend"]
+ORDER += ["first_kernel", "backend", "recording"]
 ORDER += ["autograd", "autocast", "gemm", "linear", "running", "small", "dispatch", "gated"]
 ORDER += ["linear_channel", "checks", "channel_composite", "channel", "jagged", "functional"]
 ORDER += ["norms", "guard", "stages", "chain", "channel_chain", "plan", "sequential", "block"]

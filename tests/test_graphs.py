@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from sequentials import assert_close, outcome
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fused
@@ -104,6 +104,21 @@ def test_a_graph_is_made_once_for_each_backend() -> None:
             run(x)
         fused.functional.norm_act(x.double(), activation="relu")
     assert made == [False, True]
+
+
+@pytest.mark.slow
+def test_compiled_dropout_has_eagers_mask_if_inductor_draws_as_eager_does() -> None:
+    block = fused.LinearNormAct(8, 64, norm="layer", dropout=0.5)
+    x = torch.randn(4, 8)
+
+    def masks(run: nn.Module) -> Tensor:
+        torch.manual_seed(3)
+        return run(x) == 0
+
+    assert not torch.equal(masks(torch.compile(block)), masks(block))
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(fallback_random=True):
+        assert torch.equal(masks(torch.compile(block)), masks(block))
 
 
 @pytest.mark.parametrize("strict", [True, False])
