@@ -4,6 +4,7 @@ from . import functional
 from .backend import use_backend
 from .convert import Report, fuse_, unfuse_
 from .ensemble import mc_dropout
+from .extension import empty_cache
 from .fold import fold_
 from .nn import MLP, LinearNormAct, NormAct, Sequential
 from .scaler import FeatureScaler
@@ -18,6 +19,7 @@ __all__ = [
     "Report",
     "Sequential",
     "__version__",
+    "empty_cache",
     "fold_",
     "functional",
     "fuse_",
