@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -260,6 +261,23 @@ class BuildExtension(build_ext):
             say_without(ext.name.removeprefix("fused."), reason, target.parent)
 
 
+def write_schemas() -> str:
+    """Writes the source that defines the operators, where it changed; returns its path."""
+    schemas = run_path(str(ROOT / "fused/schemas.py"))["SCHEMAS"].values()
+    lines = "".join(f'      "{schema}",\n' for schema in schemas)
+    text = (
+        "// Written by setup.py from fused/schemas.py.\n"
+        '#include "schemas.h"\n\n'
+        "STABLE_TORCH_LIBRARY_FRAGMENT(fused_lnad, library) {\n"
+        f"  fused::define(library, {{\n{lines}  }});\n}}\n"
+    )
+    path = ROOT / "build/schemas.cpp"
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return str(path.relative_to(ROOT))
+
+
 def build_cpu_kernels(target: Path) -> None:
     compiler, torch = find_compiler(), find_torch()
     assert compiler and torch
@@ -273,7 +291,8 @@ def build_cpu_kernels(target: Path) -> None:
     link_flags = [*mode, "-shared", f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if sys.platform == "linux" and not sanitizers:
         link_flags += ["-Wl,-z,defs"]  # a missing symbol fails here, not when it is loaded
-    build_library(compiler, flags, SOURCES, link_flags, target)
+    sources = SOURCES | {write_schemas(): [f"-I{ROOT / 'csrc'}"]}
+    build_library(compiler, flags, sources, link_flags, target)
 
 
 def build_cuda_kernels(target: Path) -> None:

@@ -1,5 +1,6 @@
 // Arguments: what is checked and converted before a kernel sees it.
 #include "arguments.h"
+#include "check.h"
 
 #include <cstdint>
 #include <cstring>
@@ -24,7 +25,7 @@ Storage storage_of(const Tensor& tensor) {
     case ScalarType::Double:
       return Storage::f64;
     default:
-      STD_TORCH_CHECK(false, "fused: the C++ kernels take float32, bfloat16, float16 or float64");
+      FUSED_CHECK(false, "the C++ kernels take float32, bfloat16, float16 or float64");
   }
 }
 
@@ -71,16 +72,16 @@ C element_of(const Tensor& tensor, Storage storage, const void* data, int64_t i)
     case Storage::f16:
       return static_cast<C>(half_to_float(static_cast<const uint16_t*>(data)[i]));
   }
-  STD_TORCH_CHECK(false, "unreachable dtype ", static_cast<int>(tensor.scalar_type()));
+  FUSED_CHECK(false, "unreachable dtype ", static_cast<int>(tensor.scalar_type()));
 }
 
 }  // namespace
 
 const void* column_array(const OptionalTensor& tensor, Storage compute, int slot, int64_t cols) {
   if (!tensor) return nullptr;
-  STD_TORCH_CHECK(tensor->numel() == cols && tensor->is_contiguous(),
-                  "fused: a per-column parameter must be contiguous with ", cols, " elements, got ",
-                  tensor->numel());
+  FUSED_CHECK(tensor->numel() == cols && tensor->is_contiguous(),
+              "a per-column parameter must be contiguous with ", cols, " elements, got ",
+              tensor->numel());
   const Storage storage = storage_of(*tensor);
   const void* data = tensor->data_ptr();
   if (storage == compute) return data;
@@ -95,20 +96,19 @@ const void* column_array(const OptionalTensor& tensor, Storage compute, int slot
 }
 
 void check_activation(int64_t activation) {
-  STD_TORCH_CHECK(!is_gated(activation), "fused: a gated activation (code ", activation,
-                  ") halves the columns, which row_forward and row_backward alone do; write its "
-                  "result to a new tensor with row_forward");
-  STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "fused: unknown activation code ",
-                  activation);
+  FUSED_CHECK(!is_gated(activation), "a gated activation (code ", activation,
+              ") halves the columns, which row_forward and row_backward alone do; write its "
+              "result to a new tensor with row_forward");
+  FUSED_CHECK(activation >= 0 && activation < kActivations, "unknown activation code ", activation);
 }
 
 uint64_t checked_seed(int64_t threshold, const OptionalTensor& seed) {
-  STD_TORCH_CHECK(threshold >= 0 && threshold <= 65536,
-                  "fused: the dropout threshold must be in [0, 65536], got ", threshold);
+  FUSED_CHECK(threshold >= 0 && threshold <= 65536,
+              "the dropout threshold must be in [0, 65536], got ", threshold);
   uint64_t value = 0;
   if (threshold) {
-    STD_TORCH_CHECK(seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
-                    "fused: dropout needs a seed, an int64 tensor of one element");
+    FUSED_CHECK(seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
+                "dropout needs a seed, an int64 tensor of one element");
     memcpy(&value, seed->data_ptr(), sizeof(value));
   }
   return value;

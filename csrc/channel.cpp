@@ -1,8 +1,9 @@
-// The CPU implementations of the channel operators (schemas: fused/ops.py), on libtorch's stable
-// ABI: arguments and outputs. What is done when, and by which thread, is in channel_statistics.cpp,
-// channel_forward.cpp, channel_sums.cpp and channel_backward.cpp; the arithmetic in
-// cpu/channel_*.h.
+// The CPU implementations of the channel operators (schemas: fused/schemas.py), on libtorch's
+// stable ABI: arguments and outputs. What is done when, and by which thread, is in
+// channel_statistics.cpp, channel_forward.cpp, channel_sums.cpp and channel_backward.cpp; the
+// arithmetic in cpu/channel_*.h.
 #include "channel.h"
+#include "check.h"
 
 #include <tuple>
 
@@ -26,7 +27,7 @@ struct StatisticsTensors {
 };
 
 StatisticsTensors new_statistics(const ChannelProblem& p) {
-  STD_TORCH_CHECK(p.norm != Norm::none, "fused: without a norm there are no statistics");
+  FUSED_CHECK(p.norm != Norm::none, "without a norm there are no statistics");
   const int32_t dtype = compute_dtype(p.compute);
   return {new_tensor({p.blocks(), p.groups}, dtype), new_tensor({p.blocks(), p.groups}, dtype),
           new_tensor({p.has_mask ? p.blocks() : 0}, dtype)};
@@ -41,16 +42,16 @@ C* data_of(const Tensor& tensor) {
 template <class C>
 ChannelStatistics<C> given_statistics(const ChannelProblem& p, const OptionalTensor& mean,
                                       const OptionalTensor& variance) {
-  STD_TORCH_CHECK(
+  FUSED_CHECK(
       (p.norm != Norm::none) == mean.has_value() && mean.has_value() == variance.has_value(),
-      "fused: mean and variance are needed with a norm, and only then");
+      "mean and variance are needed with a norm, and only then");
   ChannelStatistics<C> statistics;
   if (!mean) return statistics;
   for (const Tensor* t : {&*mean, &*variance}) {
-    STD_TORCH_CHECK(t->dim() == 2 && t->size(1) == p.groups &&
-                        (t->size(0) == 1 || t->size(0) == p.samples) && t->size(0) == mean->size(0),
-                    "fused: mean and variance must be (1, ", p.groups, ") or (", p.samples, ", ",
-                    p.groups, ")");
+    FUSED_CHECK(t->dim() == 2 && t->size(1) == p.groups &&
+                    (t->size(0) == 1 || t->size(0) == p.samples) && t->size(0) == mean->size(0),
+                "mean and variance must be (1, ", p.groups, ") or (", p.samples, ", ", p.groups,
+                ")");
   }
   statistics.rows = mean->size(0);
   const int64_t size = statistics.rows * p.groups;
@@ -65,8 +66,8 @@ template <class C>
 ChannelStatistics<C> own_statistics(const ChannelProblem& p, const OptionalTensor& mean,
                                     const OptionalTensor& variance) {
   const ChannelStatistics<C> statistics = given_statistics<C>(p, mean, variance);
-  STD_TORCH_CHECK(statistics.rows == p.blocks(), "fused: mean and variance must have ", p.blocks(),
-                  " rows, got ", statistics.rows);
+  FUSED_CHECK(statistics.rows == p.blocks(), "mean and variance must have ", p.blocks(),
+              " rows, got ", statistics.rows);
   return statistics;
 }
 
@@ -165,14 +166,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_operator(
   ChannelProblem p(
       z, norm_weight, norm_bias, mask, seed,
       {norm, groups, channels_last, eps, activation, alpha, beta, threshold, channel_dropout});
-  STD_TORCH_CHECK(!(wanted & kWantBias) || p.norm != Norm::group,
-                  "fused: the gradient of a bias before group norm is not offered; give z without "
-                  "its bias, or add it outside");
+  FUSED_CHECK(!(wanted & kWantBias) || p.norm != Norm::group,
+              "the gradient of a bias before group norm is not offered; give z without "
+              "its bias, or add it outside");
   p.dy = p.data_like_z(dy, "dy");
   const bool normed = p.norm != Norm::none;
   constant = constant || !normed;
-  STD_TORCH_CHECK(constant || !mask || count,
-                  "fused: with a mask, backward needs count, as forward returned it");
+  FUSED_CHECK(constant || !mask || count,
+              "with a mask, backward needs count, as forward returned it");
   Tensor dz = new_tensor({z.size(0), z.size(1), z.size(2)}, dtype_of(z));
   p.set_out(dz);
 
@@ -206,7 +207,7 @@ Tensor sums_operator(Tensor dy, Tensor z, Tensor mean, Tensor variance, Optional
   ChannelProblem p(
       z, norm_weight, norm_bias, mask, seed,
       {norm, groups, channels_last, eps, activation, alpha, beta, threshold, channel_dropout});
-  STD_TORCH_CHECK(p.is_batch(), "fused: channel_sums is for batch norm");
+  FUSED_CHECK(p.is_batch(), "channel_sums is for batch norm");
   p.dy = p.data_like_z(dy, "dy");
   const int64_t channels = p.channels;
   Tensor out = new_tensor({2, channels}, compute_dtype(p.compute));
@@ -228,7 +229,7 @@ Tensor gradient_operator(Tensor dy, Tensor z, Tensor mean, Tensor variance, Tens
   ChannelProblem p(
       z, norm_weight, norm_bias, mask, seed,
       {norm, groups, channels_last, eps, activation, alpha, beta, threshold, channel_dropout});
-  STD_TORCH_CHECK(p.is_batch(), "fused: channel_gradient is for batch norm");
+  FUSED_CHECK(p.is_batch(), "channel_gradient is for batch norm");
   p.dy = p.data_like_z(dy, "dy");
   Tensor dz = new_tensor({z.size(0), z.size(1), z.size(2)}, dtype_of(z));
   p.set_out(dz);

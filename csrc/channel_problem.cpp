@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "channel_problem.h"
+#include "check.h"
 #include "cpu/random.h"
 #include "isa.h"
 
@@ -42,26 +43,25 @@ ChannelProblem::ChannelProblem(const Tensor& z_, const OptionalTensor& norm_weig
       norm(static_cast<Norm>(scalars.norm)),
       eps(scalars.eps),
       kernels(&active_kernels().channel) {
-  STD_TORCH_CHECK(z_.dim() == 3, "fused: z must be (samples, channels, positions), got ", z_.dim(),
-                  " dimensions");
-  STD_TORCH_CHECK(z_.is_contiguous(), "fused: z must be contiguous");
-  STD_TORCH_CHECK(scalars.norm == 0 || (scalars.norm >= 3 && scalars.norm <= 5),
-                  "fused: norm code ", scalars.norm,
-                  " is not one of batch, group or instance norm");
+  FUSED_CHECK(z_.dim() == 3, "z must be (samples, channels, positions), got ", z_.dim(),
+              " dimensions");
+  FUSED_CHECK(z_.is_contiguous(), "z must be contiguous");
+  FUSED_CHECK(scalars.norm == 0 || (scalars.norm >= 3 && scalars.norm <= 5), "norm code ",
+              scalars.norm, " is not one of batch, group or instance norm");
   samples = z_.size(0);
   channels = z_.size(channels_last ? 2 : 1);
   positions = z_.size(channels_last ? 1 : 2);
   groups = norm == Norm::group ? scalars.groups : channels;
-  STD_TORCH_CHECK(norm == Norm::none || (scalars.groups == groups && groups >= 0 &&
-                                         (groups == 0 ? channels == 0 : channels % groups == 0)),
-                  "fused: ", scalars.groups, " groups do not divide ", channels, " channels",
-                  norm == Norm::group ? "" : " (batch and instance norm have one each)");
+  FUSED_CHECK(norm == Norm::none || (scalars.groups == groups && groups >= 0 &&
+                                     (groups == 0 ? channels == 0 : channels % groups == 0)),
+              scalars.groups, " groups do not divide ", channels, " channels",
+              norm == Norm::group ? "" : " (batch and instance norm have one each)");
   z = z_.data_ptr();
   if (mask_) {
-    STD_TORCH_CHECK(channels_last, "fused: a mask needs channels_last");
-    STD_TORCH_CHECK(mask_->dim() == 2 && mask_->size(0) == samples && mask_->size(1) == positions &&
-                        mask_->scalar_type() == ScalarType::Bool && mask_->is_contiguous(),
-                    "fused: mask must be contiguous, bool, (", samples, ", ", positions, ")");
+    FUSED_CHECK(channels_last, "a mask needs channels_last");
+    FUSED_CHECK(mask_->dim() == 2 && mask_->size(0) == samples && mask_->size(1) == positions &&
+                    mask_->scalar_type() == ScalarType::Bool && mask_->is_contiguous(),
+                "mask must be contiguous, bool, (", samples, ", ", positions, ")");
     mask = static_cast<const bool*>(mask_->data_ptr());
     has_mask = true;
   }
@@ -109,11 +109,11 @@ void ChannelProblem::lay_out_rows(bool dropout) {
 }
 
 void* ChannelProblem::data_like_z(const Tensor& tensor, const char* name) const {
-  STD_TORCH_CHECK(tensor.dim() == 3 && tensor.size(0) == samples &&
-                      tensor.size(channels_last ? 2 : 1) == channels &&
-                      tensor.size(channels_last ? 1 : 2) == positions && tensor.is_contiguous() &&
-                      storage_of(tensor) == storage,
-                  "fused: ", name, " must be contiguous, with the shape and dtype of z");
+  FUSED_CHECK(tensor.dim() == 3 && tensor.size(0) == samples &&
+                  tensor.size(channels_last ? 2 : 1) == channels &&
+                  tensor.size(channels_last ? 1 : 2) == positions && tensor.is_contiguous() &&
+                  storage_of(tensor) == storage,
+              name, " must be contiguous, with the shape and dtype of z");
   return tensor.data_ptr();
 }
 

@@ -1,7 +1,6 @@
 // Choosing the instruction set: the best one at first use, another one on request.
 #include "isa.h"
 
-#include <cstdio>
 #include <cstdlib>
 #include <string>
 
@@ -10,8 +9,8 @@
 namespace fused {
 namespace {
 
-// A table is made only on a machine that has its instruction set: the code that fills it is compiled
-// for that set, too.
+// A table is made only on a machine that has its instruction set: the code that fills it is
+// compiled for that set, too.
 const Kernels* find_kernels(const std::string& name) {
   if (name == "portable") {
     static const Kernels portable{"portable", row_kernels_portable(), channel_kernels_portable()};
@@ -39,11 +38,8 @@ const Kernels* find_kernels(const std::string& name) {
 const Kernels* best_kernels() {
   const char* wanted = std::getenv("FUSED_CPU_ISA");
   if (wanted && *wanted) {
+    // What is not served is said by fused/extension.py.
     if (const Kernels* kernels = find_kernels(wanted)) return kernels;
-    std::fprintf(stderr,
-                 "fused: FUSED_CPU_ISA=%s is not served by this machine; known: avx512, avx2, "
-                 "portable. The best one it has is used.\n",
-                 wanted);
   }
   for (const char* name : {"avx512", "avx2"}) {
     if (const Kernels* kernels = find_kernels(name)) return kernels;
@@ -60,7 +56,8 @@ const Kernels*& active() {
 
 const Kernels& active_kernels() { return *active(); }
 
-// Called by fused/backend.py through ctypes: none takes part in a computation.
+// Called by fused/extension.py and fused/backend.py through ctypes: none takes part in a
+// computation.
 extern "C" __attribute__((visibility("default"))) const char* fused_cpu_isa() {
   return active()->name;
 }
@@ -75,6 +72,8 @@ extern "C" __attribute__((visibility("default"))) int fused_set_cpu_isa(const ch
 extern "C" __attribute__((visibility("default"))) int fused_activation_codes() {
   return kActivationCodes;
 }
+
+extern "C" __attribute__((visibility("default"))) void fused_empty_cache() { empty_block_cache(); }
 
 extern "C" __attribute__((visibility("default"))) void fused_poison_outputs(int on) {
   poison_new_tensors = on != 0;

@@ -1,4 +1,5 @@
-// The CPU implementations of the row operators (schemas: fused/ops.py), on libtorch's stable ABI.
+// The CPU implementations of the row operators (schemas: fused/schemas.py), on libtorch's stable
+// ABI.
 //
 // This file allocates and splits the rows over threads; the arithmetic is in cpu/row_forward.h and
 // cpu/row_backward.h, that of gated activations in cpu/gated_forward.h and cpu/gated_backward.h.
@@ -11,6 +12,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "arguments.h"
+#include "check.h"
 #include "cpu/memory.h"
 #include "isa.h"
 
@@ -22,12 +24,10 @@ using torch::stable::Tensor;
 // Of z itself, or of another tensor with its rows and `cols` columns.
 int64_t checked_row_stride(const Tensor& tensor, const Tensor& like, int64_t cols,
                            const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == like.size(0) && tensor.size(1) == cols,
-                  "fused: ", name, " must be (", like.size(0), ", ", cols, ")");
-  STD_TORCH_CHECK(tensor.stride(1) == 1 || tensor.size(1) <= 1, "fused: ", name,
-                  " must have contiguous rows");
-  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), "fused: ", name,
-                  " must have the dtype of z");
+  FUSED_CHECK(tensor.dim() == 2 && tensor.size(0) == like.size(0) && tensor.size(1) == cols, name,
+              " must be (", like.size(0), ", ", cols, ")");
+  FUSED_CHECK(tensor.stride(1) == 1 || tensor.size(1) <= 1, name, " must have contiguous rows");
+  FUSED_CHECK(tensor.scalar_type() == like.scalar_type(), name, " must have the dtype of z");
   return tensor.stride(0);
 }
 
@@ -43,14 +43,13 @@ void fill_problem(RowProblem& problem, const Tensor& z, const OptionalTensor& bi
                   const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
                   const OptionalTensor& seed, const Scalars& scalars) {
   const Storage compute = compute_of(storage_of(z));
-  STD_TORCH_CHECK(z.dim() == 2, "fused: z must be (rows, cols), got ", z.dim(), " dimensions");
-  STD_TORCH_CHECK(scalars.norm >= 0 && scalars.norm <= 2, "fused: unknown norm code ",
-                  scalars.norm);
+  FUSED_CHECK(z.dim() == 2, "z must be (rows, cols), got ", z.dim(), " dimensions");
+  FUSED_CHECK(scalars.norm >= 0 && scalars.norm <= 2, "unknown norm code ", scalars.norm);
   if (!is_gated(scalars.activation)) {
     check_activation(scalars.activation);
   } else {
-    STD_TORCH_CHECK(z.size(1) % 2 == 0, "fused: a gated activation halves the columns of z, so ",
-                    "their number must be even, got ", z.size(1));
+    FUSED_CHECK(z.size(1) % 2 == 0, "a gated activation halves the columns of z, so ",
+                "their number must be even, got ", z.size(1));
   }
   problem.cols = z.size(1);
   problem.norm = static_cast<Norm>(scalars.norm);
@@ -218,9 +217,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
   problem.dy = dy.data_ptr();
   const int64_t dy_cols = output_cols(z, activation);
   problem.dy_stride = checked_row_stride(dy, z, dy_cols, "dy");
-  STD_TORCH_CHECK(statistics.numel() == statistics_of(problem.norm) * rows &&
-                      (storage_of(statistics) == compute) && statistics.is_contiguous(),
-                  "fused: statistics must be those of the forward pass");
+  FUSED_CHECK(statistics.numel() == statistics_of(problem.norm) * rows &&
+                  (storage_of(statistics) == compute) && statistics.is_contiguous(),
+              "statistics must be those of the forward pass");
   place_statistics(problem, statistics.data_ptr(), rows, storage);
 
   const int64_t per_chunk = std::max(kRowsPerChunk, (rows + kMaxChunks - 1) / kMaxChunks);

@@ -9,6 +9,7 @@ from . import functional
 from .backend import use_backend
 from .convert import Report, fuse_, unfuse_
 from .ensemble import MonteCarlo, mc_dropout
+from .extension import empty_cache
 from .fold import FoldReport, fold_
 from .nn import (
     MLP,
@@ -49,6 +50,7 @@ __all__ = [
     "SwiGLU",
     "__version__",
     "activations",
+    "empty_cache",
     "fold_",
     "functional",
     "fuse_",

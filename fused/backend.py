@@ -12,7 +12,6 @@ says why.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import warnings
@@ -23,11 +22,10 @@ from typing import Any
 
 import torch
 
-from . import location
 from . import ops as _ops
+from .extension import LIBRARY, REASON
 from .first_kernel import cuda_cpp, gpu_reason
 from .launchers import LINEAR, TRITON, Launchers
-from .spec import ACTIVATION_NAMES, FIRST_GATED
 
 BACKENDS = ("auto", "triton", "cuda", "cpp", "reference")
 _DTYPES = {
@@ -36,11 +34,6 @@ _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
 }
 _DEVICE_OF = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
-_EXTENSION = location.find("_C")
-_REBUILD = (
-    "install a C++20 compiler and run 'pip install --no-build-isolation --force-reinstall"
-    " --no-deps fused-lnad' (or the same with '.' in a checkout)"
-)
 
 
 def _checked(name: str) -> str:
@@ -49,32 +42,6 @@ def _checked(name: str) -> str:
     return name
 
 
-def _load_extension() -> tuple[ctypes.CDLL | None, str]:
-    """Loads the C++ kernels; returns the library, or None and the reason."""
-    if os.environ.get("FUSED_DISABLE_EXT") == "1":
-        return None, "FUSED_DISABLE_EXT=1 is set"
-    if not _EXTENSION.exists():
-        return None, f"the C++ extension was not built; {location.why_missing('_C', _REBUILD)}"
-    try:
-        torch.ops.load_library(str(_EXTENSION))
-        library = ctypes.CDLL(str(_EXTENSION))
-        library.fused_cpu_isa.restype = ctypes.c_char_p
-        library.fused_set_cpu_isa.argtypes = [ctypes.c_char_p]
-    except (OSError, RuntimeError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0]
-        return None, f"the C++ extension does not load ({first}); {_REBUILD}"
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    missing = [name for name in _ops.OPERATORS if not has(f"fused_lnad::{name}", "CPU")]
-    codes = getattr(library, "fused_activation_codes", None)  # older ones do not have it
-    known = codes() if codes else FIRST_GATED
-    missing += [str(name) for code, name in ACTIVATION_NAMES.items() if code >= known]
-    if missing:
-        lacks = ", ".join(missing)
-        return None, f"the C++ extension is older than the Python code (no {lacks}); {_REBUILD}"
-    return library, ""
-
-
-_extension, _extension_reason = _load_extension()
 _default = _checked(os.environ.get("FUSED_BACKEND") or "auto")
 # What the running thread or task asks for.
 request: ContextVar[str] = ContextVar("fused_backend", default=_default)
@@ -89,7 +56,7 @@ _lock = threading.Lock()
 
 def cpu_isa() -> str | None:
     """The instruction set of the C++ kernels: avx512, avx2 or portable; None without them."""
-    return _extension.fused_cpu_isa().decode() if _extension else None
+    return LIBRARY.fused_cpu_isa().decode() if LIBRARY else None
 
 
 def set_cpu_isa(name: str) -> None:
@@ -98,7 +65,7 @@ def set_cpu_isa(name: str) -> None:
     Raises:
         ValueError: the machine or the build does not have it.
     """
-    if _extension is None or not _extension.fused_set_cpu_isa(name.encode()):
+    if LIBRARY is None or not LIBRARY.fused_set_cpu_isa(name.encode()):
         raise ValueError(
             f"instruction set {name!r} is not available here; known: avx512, avx2, portable"
         )
@@ -106,8 +73,8 @@ def set_cpu_isa(name: str) -> None:
 
 def poison_outputs(on: bool) -> None:
     """Makes the C++ kernels fill their outputs with NaN before they write them (for tests)."""
-    if _extension is not None:
-        _extension.fused_poison_outputs(int(on))
+    if LIBRARY is not None:
+        LIBRARY.fused_poison_outputs(int(on))
 
 
 def _index_of(device_type: str, index: int | None) -> int:
@@ -131,9 +98,7 @@ def why_not(backend: str, device_type: str, dtype: torch.dtype, index: int | Non
     if dtype not in _DTYPES[backend]:
         served = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[backend])
         return f"{backend} serves {served}, not {str(dtype).removeprefix('torch.')}"
-    if backend == "cpp":
-        return _extension_reason
-    return gpu_reason(backend, _index_of(device_type, index))
+    return REASON if backend == "cpp" else gpu_reason(backend, _index_of(device_type, index))
 
 
 def requested() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -202,3 +203,46 @@ class TestMeasures:
         assert 0.1 < len(flights.valid) / kept < 0.3
         assert torch.isfinite(flights.train.numeric).all()
         assert torch.allclose(flights.train.numeric[:, :16].mean(0), torch.zeros(16), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_cpp_program_runs_a_packaged_model(tmp_path: Path) -> None:
+    """examples/serving, built by the command in main.cpp: no Python, any batch."""
+    extension = Path(fused.__file__).parent / "_C.abi3.so"
+    if not extension.exists() or shutil.which("g++") is None:
+        pytest.skip("needs g++ and the extension")
+    serving, root = EXAMPLES / "serving", Path(torch.__file__).parent
+    if not (root / "include/torch/csrc/inductor/aoti_package").is_dir():
+        pytest.skip("torch is installed without its headers")
+    command = re.search(r"^//   (g\+\+ .*\n.*) \(", (serving / "main.cpp").read_text(), re.M)
+    assert command is not None
+    line = command[1].replace("\n//", "").replace("$T", str(root))
+    line = line.replace("main.cpp", str(serving / "main.cpp")).replace("serve ", "./serve ")
+    subprocess.run(line.split(), cwd=tmp_path, check=True)
+
+    package = tmp_path / "model.pt2"
+    paths = os.pathsep.join([str(Path(fused.__file__).parents[1]), str(serving)])
+    code = "import sys, export; export.main(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", code, str(package)],
+        env=os.environ | {"PYTHONPATH": paths},
+        check=True,
+        capture_output=True,
+    )
+    spec = importlib.util.spec_from_file_location("export", serving / "export.py")
+    assert spec is not None and spec.loader is not None
+    export = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(export)
+    model = export.make_model().double()
+    for rows in (1, 5, 300):
+        served = subprocess.run(
+            ["./serve", str(extension), str(package), str(rows)],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        x = (torch.arange(rows * 64) * 0.01).reshape(rows, 64).double()
+        want = model(x).sum(1)
+        got = torch.tensor([float(line) for line in served.stdout.split()], dtype=torch.float64)
+        torch.testing.assert_close(got, want, atol=2e-3, rtol=1e-4)

@@ -20,6 +20,8 @@ import pytest
 import torch
 
 import fused
+from fused import ops
+from fused.schemas import SCHEMAS
 
 PACKAGE = Path(fused.__file__).parent
 EXTENSION = PACKAGE / "_C.abi3.so"
@@ -230,14 +232,79 @@ def test_extension_corrupt(package: Path, content: str) -> None:
 
 
 @needs_extension
-def test_extension_of_older_sources(package: Path) -> None:
-    """A library that lacks an operator which the Python code has."""
-    shutil.copy(EXTENSION, package)
-    with (package / "ops.py").open("a") as file:
-        file.write('OPERATORS += ("row_new",)\n_library.define("row_new(Tensor z) -> Tensor")\n')
-    report = probe(PYTHONPATH=str(package.parent))
+@pytest.mark.parametrize("change", ["new operator", "new argument", "no schemas"])
+def test_extension_of_older_sources(package: Path, change: str) -> None:
+    """A library that lacks an operator, or defines one otherwise, or none at all."""
+    content = EXTENSION.read_bytes()
+    if change == "no schemas":
+        for name in SCHEMAS:
+            content = content.replace(
+                b"\0" + name.encode() + b"(Tensor", b"\0" + b" " * len(name) + b"(Tensor"
+            )
+    (package / "_C.abi3.so").write_bytes(content)
+    lacks = "row_new" if change == "new operator" else "row_forward"
+    with (package / "schemas.py").open("a") as file:
+        if change == "new operator":
+            file.write('SCHEMAS["row_new"] = "row_new(Tensor z) -> Tensor"\n')
+        elif change == "new argument":
+            file.write('SCHEMAS["row_forward"] = SCHEMAS["row_forward"].replace("z", "z, int n")\n')
+    defined = "assert torch.ops.fused_lnad.row_forward.default"
+    report = probe(PYTHONPATH=str(package.parent), after=defined)
     assert report["package"].startswith(str(package))
-    assert_one_warning_per_dtype(report, "is older than the Python code (no row_new); install")
+    assert_one_warning_per_dtype(report, f"is older than the Python code (no {lacks}")
+
+
+ALONE = """
+import sys, torch
+for path in sys.argv[1:]:
+    torch.ops.load_library(path)
+z = torch.randn(5, 16)
+row_forward = torch.ops.fused_lnad.row_forward
+y, _ = row_forward(z, None, None, None, None, None, 1, 1e-5, 0, 0.0, 0.0, 0)
+torch.testing.assert_close(y, torch.nn.functional.layer_norm(z, (16,)))
+assert "fused" not in sys.modules
+import fused
+assert fused.backend.cpu_isa()
+y = fused.functional.norm_act(z, norm="layer")
+torch.testing.assert_close(y, torch.nn.functional.layer_norm(z, (16,)))
+"""
+
+
+@needs_extension
+def test_the_extension_alone_defines_the_operators(tmp_path: Path) -> None:
+    """Without the Python package; loaded twice, and another copy of it; then with the package."""
+    copy = Path(shutil.copy(EXTENSION, tmp_path))
+    for paths in ([EXTENSION, EXTENSION], [copy], [copy, EXTENSION]):
+        done = subprocess.run(
+            [sys.executable, "-c", ALONE, *map(str, paths)],
+            env=os.environ | {"PYTHONSAFEPATH": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+
+
+@needs_extension
+def test_the_extension_can_be_loaded_after_python_defined_the_operators() -> None:
+    done = run_python(
+        "import torch, fused\nfrom fused import ops\n"
+        f"torch.ops.load_library({str(EXTENSION)!r})\n"
+        "z = torch.randn(5, 16)\n"
+        "print(ops.row_forward(z, *[None] * 5, 1, 1e-5, 0, 0.0, 0.0, 0)[0].shape)\n",
+        FUSED_DISABLE_EXT="1",
+    )
+    assert done.stdout.strip() == "torch.Size([5, 16])", done.stderr
+
+
+@needs_extension
+def test_errors_of_the_extension_do_not_tell_where_it_was_built() -> None:
+    z = torch.randn(4, 8)
+    with pytest.raises(RuntimeError) as caught:
+        ops.row_forward(z.t(), *[None] * 5, 1, 1e-5, 0, 0.0, 0.0, 0)
+    assert str(caught.value) == "fused: z must have contiguous rows"
+    with pytest.raises(RuntimeError) as caught:
+        ops.channel_apply(z, *[None] * 7, 0, 1, False, 1e-5, 0, 0.0, 0.0, 0, False)
+    assert str(caught.value).startswith("fused: ") and "csrc" not in str(caught.value)
 
 
 @needs_extension
@@ -250,12 +317,22 @@ def test_extension_without_an_activation(package: Path) -> None:
 
 
 @needs_extension
-def test_unknown_instruction_set_is_said_and_ignored() -> None:
-    report = probe(FUSED_CPU_ISA="sse9")
-    assert report["isa"] in ("avx512", "avx2", "portable")
-    done = run_python("from fused import backend; print(backend.cpu_isa())", FUSED_CPU_ISA="sse9")
-    assert done.stderr.startswith("fused: FUSED_CPU_ISA=sse9 is not served"), done.stderr
-    assert done.stdout.strip() == report["isa"]
+@pytest.mark.parametrize(
+    ("name", "value", "used"),
+    [
+        ("FUSED_CPU_ISA", "sse9", ""),
+        *(("FUSED_CPU_CACHE_MB", value, "512") for value in ("foo", "-5", "", "512MB", "9" * 30)),
+    ],
+)
+def test_what_a_variable_cannot_be_is_said_once_and_ignored(
+    name: str, value: str, used: str
+) -> None:
+    done = run_python("import fused\nprint(fused.backend.cpu_isa())", **{name: value})
+    isa = done.stdout.strip()
+    assert isa in ("avx512", "avx2", "portable")
+    (warning,) = [line for line in done.stderr.splitlines() if "Warning: " in line]
+    assert f"UserWarning: fused: {name}={value!r} is not" in warning
+    assert warning.endswith(f"; {used or isa} is used")
 
 
 FORCED = """

@@ -1,8 +1,10 @@
 #include "memory.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -10,6 +12,8 @@
 #include <mutex>
 #include <string>
 #include <vector>
+
+#include "../check.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -28,89 +32,129 @@ constexpr size_t kLarge = size_t{4} << 20;
 constexpr size_t kLargeUncached = size_t{32} << 20;
 constexpr size_t kHugePage = size_t{2} << 20;
 
-// Large blocks that a freed tensor left, kept for the next one of about its size. What is kept is
-// at most FUSED_CPU_CACHE_MB (default 512) for the process; 0 keeps none.
+// A block of memory with huge pages, mapped by itself so that all of it can be given back.
+struct Block {
+  void* start;
+  size_t size;
+};
+
+Block map_block(size_t bytes) {
+  constexpr size_t kGranule = size_t{64} << 10;
+  const size_t size = (bytes + kGranule - 1) / kGranule * kGranule;
+  void* const mapped =
+      mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  FUSED_CHECK(mapped != MAP_FAILED, "out of memory for ", size, " bytes");
+  char* const first = static_cast<char*>(mapped);
+  const size_t before = -reinterpret_cast<uintptr_t>(first) % kHugePage;
+  if (before) munmap(first, before);
+  char* const start = first + before;
+  if (before < kHugePage) munmap(start + size, kHugePage - before);
+  madvise(start, size, MADV_HUGEPAGE);
+  return {start, size};
+}
+
+// Large blocks that freed tensors left, kept for the next one of about its size; the oldest goes
+// when they are more than FUSED_CPU_CACHE_MB (default 512) for the process. 0 keeps none.
 class BlockCache {
  public:
-  // A block of at least `bytes`; its true size goes to `size`.
-  void* take(size_t bytes, size_t& size) {
-    const size_t wanted = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  Block take(size_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (size_t i = free_.size(); i-- > 0;) {  // the newest first: it may still be in the cache
         const Block block = free_[i];
-        if (block.size < wanted || block.size > wanted + wanted / 8) continue;
+        if (block.size < bytes || block.size > bytes + bytes / 8) continue;
         free_.erase(free_.begin() + static_cast<std::ptrdiff_t>(i));
         kept_ -= block.size;
-        size = block.size;
-        return block.start;
+        return block;
       }
     }
-    void* start = std::aligned_alloc(kHugePage, wanted);
-    if (start) madvise(start, wanted, MADV_HUGEPAGE);
-    size = wanted;
-    return start;
+    return map_block(bytes);
   }
 
   // From which size on tensors are taken here.
   size_t threshold() const { return most_ ? kLarge : kLargeUncached; }
 
-  void give_back(void* start, size_t size) {
+  void give_back(Block block) {
+    if (block.size > most_) {
+      munmap(block.start, block.size);
+      return;
+    }
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      if (kept_ + size <= most_) {
-        free_.push_back({start, size});
-        kept_ += size;
-        return;
-      }
+      free_.push_back(block);
+      kept_ += block.size;
     }
-    std::free(start);
+    shrink(most_);
   }
 
- private:
-  struct Block {
-    void* start;
-    size_t size;
-  };
+  void shrink(size_t most) {
+    for (;;) {
+      Block oldest;
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (kept_ <= most) return;
+        oldest = free_.front();
+        free_.erase(free_.begin());
+        kept_ -= oldest.size;
+      }
+      munmap(oldest.start, oldest.size);
+    }
+  }
 
+  // A fork copies the mutex as it is; the thread that holds it then is not copied.
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
+ private:
+  // What is not a number is said by fused/extension.py.
   static size_t limit() {
     const char* given = std::getenv("FUSED_CPU_CACHE_MB");
-    char* end = nullptr;
-    const long megabytes = given ? std::strtol(given, &end, 10) : 512;
-    return megabytes > 0 && (!given || *end == '\0') ? static_cast<size_t>(megabytes) << 20 : 0;
+    const size_t digits = given ? std::strspn(given, "0123456789") : 0;
+    const bool valid = digits >= 1 && digits <= 8 && given[digits] == '\0';
+    return (valid ? std::strtoul(given, nullptr, 10) : 512) << 20;
   }
 
   std::mutex mutex_;
-  std::vector<Block> free_;
+  std::vector<Block> free_;  // the oldest first
   size_t kept_ = 0;
   const size_t most_ = limit();
 };
 
 // Never destroyed: tensors may be freed after the static objects of this library are.
 BlockCache& block_cache() {
-  static BlockCache& cache = *new BlockCache;
+  static BlockCache& cache = *[] {
+    auto* const made = new BlockCache;
+    const auto unlock = [] { block_cache().unlock(); };
+    pthread_atfork([] { block_cache().lock(); }, unlock, unlock);
+    return made;
+  }();
   return cache;
 }
 
 Tensor new_large_tensor(std::initializer_list<int64_t> sizes, const int64_t* strides, int32_t dtype,
                         size_t bytes) {
-  size_t size = 0;
-  void* start = block_cache().take(bytes, size);
-  STD_TORCH_CHECK(start != nullptr, "fused: out of memory for ", bytes, " bytes");
-  AtenTensorHandle handle;
+  const Block block = block_cache().take(bytes);
+  static thread_local void* released;  // by torch, where it fails after it took the block
+  released = nullptr;
   const auto release = [](void* data, void* context) {
-    block_cache().give_back(data, reinterpret_cast<size_t>(context));
+    released = data;
+    block_cache().give_back({data, reinterpret_cast<size_t>(context)});
   };
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_from_blob(start, static_cast<int64_t>(sizes.size()), sizes.begin(), strides, 0, dtype,
-                      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
-                      nullptr, 0, release, reinterpret_cast<void*>(size)));
+  AtenTensorHandle handle;
+  const AOTITorchError failed =
+      torch_from_blob(block.start, static_cast<int64_t>(sizes.size()), sizes.begin(), strides, 0,
+                      dtype, aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
+                      nullptr, 0, release, reinterpret_cast<void*>(block.size));
+  if (failed && released != block.start) block_cache().give_back(block);
+  FUSED_CHECK(!failed, "torch makes no tensor of ", bytes, " bytes");
   return Tensor(handle);
 }
 
 }  // namespace
 
 bool poison_new_tensors = false;
+
+void empty_block_cache() { block_cache().shrink(0); }
 
 Tensor new_tensor(std::initializer_list<int64_t> sizes, int32_t dtype) {
   const int64_t* const size = sizes.begin();
@@ -144,7 +188,7 @@ void* thread_buffer(int slot, size_t bytes) {
     const size_t rounded = (bytes + 4095) / 4096 * 4096;
     sizes[slot] = 0;  // should the allocation fail
     buffers[slot].reset(std::aligned_alloc(64, rounded));
-    STD_TORCH_CHECK(buffers[slot] != nullptr, "fused: out of memory for ", rounded, " bytes");
+    FUSED_CHECK(buffers[slot] != nullptr, "out of memory for ", rounded, " bytes");
     sizes[slot] = rounded;
   }
   return buffers[slot].get();

@@ -12,6 +12,9 @@ namespace fused {
 // of blocks that were used before (memory.cpp).
 torch::stable::Tensor new_tensor(std::initializer_list<int64_t> sizes, int32_t dtype);
 
+// Gives the blocks of that cache back to the system.
+void empty_block_cache();
+
 // For tests: new tensors are filled with bytes of ones, which are NaN in every floating dtype.
 extern bool poison_new_tensors;
 
