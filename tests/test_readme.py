@@ -50,3 +50,20 @@ def test_every_activation_is_named() -> None:
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^):]+)\)", README))))
 def test_links_lead_somewhere(target: str) -> None:
     assert (ROOT / target).exists()
+
+
+def test_the_pages_on_deployment_name_tests_that_exist() -> None:
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    pages = [(ROOT / "docs" / f"{name}.md").read_text() for name in ("deployment", "distributed")]
+    for page in pages:
+        for file in re.findall(r"tests/\w+\.py", page):
+            assert (ROOT / file).exists(), file
+        for name in re.findall(r"\btest_\w+\b(?!\.py)", page):
+            assert f"def {name}(" in sources, name
+    checks = re.findall(r"\| `(\w+)` \|$|\(`(\w+)`\)", pages[1], re.M)
+    assert len(checks) >= 10
+    for name in ("".join(pair) for pair in checks):
+        assert f"def check_{name}(" in sources, name
+    code = re.search(r"```python\n(.*?)```", pages[0], re.DOTALL)
+    assert code is not None
+    exec(compile(code[1], "deployment.md", "exec"), {"__name__": "deployment"})
