@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / ".cache" / "gpu")
     parser.add_argument("--pack", type=Path, help="after each step, all of --out in this .tar.gz")
     parser.add_argument("--plan", action="store_true", help="print the steps and their limits")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     steps = PASSES[given.pass_name]
     unknown = sorted(set(given.steps) - {step.name for step in steps})
     if unknown:

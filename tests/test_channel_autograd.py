@@ -314,3 +314,43 @@ def test_two_hundred_steps_follow_eager() -> None:
         error = float((ours[name] - expected).abs().max())
         scale = float(expected.abs().max())
         assert error <= 4 * spread + 1e-5 * scale, f"{name}: {error} against {spread}"
+
+
+@pytest.mark.parametrize("norm", [None, *NORMS])
+@pytest.mark.parametrize("memory", ["contiguous", "channels last", "sequence"])
+def test_what_comes_out_may_be_written_to(norm: str | None, memory: str) -> None:
+    """As in nn.Sequential: torch refuses to write to a view that a function made."""
+    dim = -1 if memory == "sequence" else 1
+    options = options_of(norm or "") | {"channel_dim": dim}
+    dropped = 0.0 if norm else 0.5
+    net = fused.NormAct(16, norm=norm, activation="silu", channel_dropout=dropped, **options)
+    x = torch.randn((8, 300, 16) if dim == -1 else (8, 16, 20, 15))
+    if memory == "channels last":
+        x = x.to(memory_format=torch.channels_last)
+    gradients = []
+    for in_place in (False, True):
+        torch.manual_seed(1)
+        leaf = x.clone().requires_grad_()
+        y = net(leaf)
+        y = y.mul_(2).relu_() if in_place else (y * 2).relu()
+        y.square().sum().backward()
+        gradients.append(leaf.grad)
+    assert net.plan()[0].fused_calls == 2
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("channel_dropout", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("norm", [None, "layer", "rms", *NORMS])
+def test_backward_of_an_empty_batch(norm: str, activation: str, channel_dropout: bool) -> None:
+    """The gradient of a sum is expanded: all its strides are zero."""
+    dropout = {"channel_dropout" if channel_dropout else "dropout": 0.1}
+    for shape in ((0, 5, 16), (3, 0, 16)) if norm else ((0, 16), (0, 5, 16)):
+        if norm == "instance" and shape[1] == 0:
+            continue  # torch raises, too
+        x = torch.randn(shape, requires_grad=True)
+        net = fused.LinearNormAct(
+            16, 32, norm=norm, activation=activation, **dropout, **options_of(norm)
+        )
+        net(x).sum().backward()
+        assert x.grad is not None and x.grad.shape == shape

@@ -215,6 +215,8 @@ def test_breakpoints_and_special_values(activation: str | None) -> None:
             allowed = 2 * (torchs - want).abs() + 4e-7 * want.abs() + 1e-7 * abs(value) * 1e-3
             # The derivative of GELU is a sum with 1/2, and is right to an ulp of that.
             allowed += 1.2e-7 if (activation, name) == ("gelu", "dz") else 1e-12
+            # So is its value, times |z|, where torch without AVX-512 is nearer in the left tail.
+            allowed += 4e-8 * abs(value) if (activation, name) == ("gelu", "y") else 0.0
             assert (got - want).abs() <= allowed, where
 
 

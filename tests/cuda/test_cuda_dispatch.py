@@ -114,7 +114,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(cuda_library, "LIBRARY", Path("/nonexistent/_cuda.abi3.so"))
         said = backend.why_not("cuda", "cuda", DOUBLE)
-        assert said.startswith("the CUDA C++ kernels were not built; install nvcc and run 'pip")
+        assert said.startswith("the CUDA C++ kernels were not built; ")
         assert backend.why_not("cuda", "cuda", torch.int64).startswith("cuda serves float32")
         with pytest.raises(RuntimeError, match="fused: the CUDA C\\+\\+ kernels were not built"):
             cuda_library.launch("sum", cuda_library.SumProblem(), torch.empty(0))
