@@ -12,8 +12,7 @@ from fused import launchers, ops
 
 # In place of the operators, which find the C++ kernels for CPU tensors.
 LAUNCHERS = SimpleNamespace(
-    **{name: launchers.triton_channel(name) for name in launchers.CHANNEL_LAUNCHERS},
-    channel_apply_=launchers.triton_channel_apply_,
+    **launchers.TRITON,
     WANT_NORM_WEIGHT=ops.WANT_NORM_WEIGHT,
     WANT_NORM_BIAS=ops.WANT_NORM_BIAS,
     WANT_BIAS=ops.WANT_BIAS,

@@ -132,8 +132,8 @@ def wanted_names(case: Case, x: Inputs) -> list[str]:
 
 def run(case: Case, x: Inputs) -> dict[str, Tensor]:
     """What the kernels give, by name; gradients that are not wanted are left out."""
-    y, statistics = launchers.triton_row_forward(*forward_arguments(case, x))
-    gradients = launchers.triton_row_backward(*backward_arguments(case, x, statistics))
+    y, statistics = launchers.TRITON["row_forward"](*forward_arguments(case, x))
+    gradients = launchers.TRITON["row_backward"](*backward_arguments(case, x, statistics))
     assert y.dtype == x.z.dtype
     wanted = wanted_names(case, x)
     owners = (x.z, x.norm_weight, x.norm_bias, x.z)

@@ -139,7 +139,7 @@ def check_statistics(case: Case) -> None:
     x = make_inputs(case)
     x.z[:, case.cols // 2 :] += 3  # the halves differ
     z = x.z.double() + x.bias.double()
-    _, statistics = launchers.triton_row_forward(*forward_arguments(case, x))
+    _, statistics = launchers.TRITON["row_forward"](*forward_arguments(case, x))
     centred = z - z.mean(1, keepdim=True) if case.norm == "layer" else z
     rstd = (centred.square().mean(1) + case.epilogue.eps).rsqrt()
     exact = {"layer": [z.mean(1), rstd], "rms": [rstd], None: []}[case.norm]
@@ -165,7 +165,7 @@ def test_no_place_in_z(activation: str) -> None:
     x = make_inputs(case)
     before = x.z.clone()
     with pytest.raises(ValueError, match=f"row_forward_: {activation} halves the columns"):
-        launchers.triton_row_forward_(*forward_arguments(case, x))
+        launchers.TRITON["row_forward_"](*forward_arguments(case, x))
     assert torch.equal(x.z, before)
 
 
@@ -174,9 +174,9 @@ def test_odd_number_of_columns(rows: int) -> None:
     case = Case(rows, 65, activation="geglu")
     x = make_inputs(case)
     with pytest.raises(ValueError, match=r"row_forward: geglu halves .* even number .* got 65"):
-        launchers.triton_row_forward(*forward_arguments(case, x))
+        launchers.TRITON["row_forward"](*forward_arguments(case, x))
     with pytest.raises(ValueError, match=r"row_backward: geglu halves .* even number .* got 65"):
-        launchers.triton_row_backward(*backward_arguments(case, x, torch.zeros(2, rows)))
+        launchers.TRITON["row_backward"](*backward_arguments(case, x, torch.zeros(2, rows)))
 
 
 @pytest.mark.parametrize("wanted", [ALL, WANT_NORM_WEIGHT, 0])
@@ -188,9 +188,9 @@ def test_fake_kernels_foretell_shapes_and_dtypes(
     case = gated(rows, half, torch.bfloat16, norm, parameter_dtype=torch.float32, wanted=wanted)
     x = make_inputs(case)
     forward = forward_arguments(case, x)
-    real = launchers.triton_row_forward(*forward)
+    real = launchers.TRITON["row_forward"](*forward)
     backward = backward_arguments(case, x, real[1])
-    real += launchers.triton_row_backward(*backward)
+    real += launchers.TRITON["row_backward"](*backward)
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = ops.row_forward(*forward) + ops.row_backward(*backward)
     for r, f in zip(real, fake, strict=True):
@@ -208,8 +208,10 @@ def test_mask_is_random_py_bit_for_bit(
     seed = torch.tensor([2**62 + 2**33 + 7])
     z, dy = torch.ones(rows, 2 * half, dtype=dtype), torch.ones(rows, half, dtype=dtype)
     scalars = (0, 0.0, GATED_CODES["reglu"], 0.0, 0.0, threshold)
-    y, statistics = launchers.triton_row_forward(z, None, None, None, None, seed, *scalars)
-    dz, *_ = launchers.triton_row_backward(dy, z, None, None, None, statistics, seed, 0, *scalars)
+    y, statistics = launchers.TRITON["row_forward"](z, None, None, None, None, seed, *scalars)
+    dz, *_ = launchers.TRITON["row_backward"](
+        dy, z, None, None, None, statistics, seed, 0, *scalars
+    )
     assert torch.equal(y != 0, keep_mask(rows, half, threshold, seed) & (threshold < 65536))
     assert torch.equal(dz, torch.cat([y, y], 1))
 

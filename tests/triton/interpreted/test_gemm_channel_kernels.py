@@ -78,7 +78,7 @@ def test_statistics_are_those_of_the_stored_z(rows: int, kind: str) -> None:
     codes = case.channel_epilogue.channel_codes
     parameters = (x.norm_weight, x.norm_bias, None, None, None)
     given = (z.view(case.view), mean, variance, *parameters)
-    assert torch.equal(y.view(case.view), launchers.triton_channel("channel_apply")(*given, *codes))
+    assert torch.equal(y.view(case.view), launchers.TRITON["channel_apply"](*given, *codes))
 
 
 @EVERY_DTYPE

@@ -142,7 +142,7 @@ def test_bias_inside_z_gives_the_same_gradients() -> None:
 
 def check_statistics(case: Case) -> None:
     x = make_inputs(case)
-    _, statistics = launchers.triton_row_forward(*forward_arguments(case, x))
+    _, statistics = launchers.TRITON["row_forward"](*forward_arguments(case, x))
     assert statistics.dtype == torch.float32
     assert statistics.is_contiguous()
     z = x.z.double() + x.bias.double()
@@ -180,7 +180,7 @@ def check_in_place(case: Case) -> None:
     assert torch.equal(again, statistics)
     assert whole[:, case.cols :].isnan().all()
     z.copy_(x.z)
-    assert launchers.triton_row_forward_(*forward_arguments(case, replace(x, z=z))) is None
+    assert launchers.TRITON["row_forward_"](*forward_arguments(case, replace(x, z=z))) is None
     assert torch.equal(z, y)
 
 
@@ -208,9 +208,9 @@ def test_fake_kernels_foretell_shapes_and_dtypes(
     case = Case(rows, cols, torch.bfloat16, norm, parameter_dtype=torch.float32, wanted=wanted)
     x = make_inputs(case)
     forward = forward_arguments(case, x)
-    real = launchers.triton_row_forward(*forward)
+    real = launchers.TRITON["row_forward"](*forward)
     backward = backward_arguments(case, x, real[1])
-    real += launchers.triton_row_backward(*backward)
+    real += launchers.TRITON["row_backward"](*backward)
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = ops.row_forward(*forward) + ops.row_backward(*backward)
     for r, f in zip(real, fake, strict=True):
@@ -227,8 +227,10 @@ def test_mask_is_random_py_bit_for_bit(
         seed = torch.tensor([number])
         ones = torch.ones(rows, cols, dtype=dtype)
         scalars = (0, 0.0, 0, 0.0, 0.0, threshold)
-        y, statistics = launchers.triton_row_forward(ones, None, None, None, None, seed, *scalars)
-        dz, *_ = launchers.triton_row_backward(
+        y, statistics = launchers.TRITON["row_forward"](
+            ones, None, None, None, None, seed, *scalars
+        )
+        dz, *_ = launchers.TRITON["row_backward"](
             ones, ones, None, None, None, statistics, seed, 0, *scalars
         )
         if threshold == 65536:
