@@ -32,7 +32,7 @@ def capture(call: Callable[[], Any], times: int = 1) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         for _ in range(times):
             call()
-    return graph.replay  # type: ignore[no-any-return]
+    return graph.replay
 
 
 def measure_on_gpu(calls: list[Callable[[], Any]]) -> list[list[float]]:
