@@ -90,9 +90,12 @@ class Chain(Stages):
 
     def _readers(self) -> list[tuple[Callable[[Any], Any], nn.Module]]:
         """What reads that which may change about a child, and the child."""
-        if self.attributes is None or self.activation is None:
-            return []
-        return [(self.attributes, self.activation)]
+        readers: list[tuple[Callable[[Any], Any], nn.Module]] = []
+        if self.attributes is not None and self.activation is not None:
+            readers.append((self.attributes, self.activation))
+        if self.norm is not None:
+            readers.append((guard.norm_shapes, self.norm))
+        return readers
 
     def _shape_for_short_guard(self, x: Tensor) -> Any:
         """What must be the same of two inputs' shapes; None where only the full guard can tell."""

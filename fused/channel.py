@@ -213,7 +213,7 @@ def _after(norm: ChannelNorm, part: int, parts: int) -> ChannelNorm:
     """The norm of one part of a batch; each part counts as an update of its own."""
     if norm.batches is None or norm.momentum is not None:
         return norm
-    return replace(norm, batches=(norm.batches - 1) * parts + part + 1)
+    return replace(norm, batches=norm.batches * parts + part)
 
 
 def _run(

@@ -20,7 +20,7 @@ from .dispatch import chain as run_chain
 from .guard import CHANNEL_DROPOUTS
 from .norms import NORM_CLASSES, channel_norm
 from .recording import is_compiling, transformed
-from .running import ChannelNorm
+from .running import ChannelNorm, count_batch
 
 _HALF = (torch.bfloat16, torch.float16)
 # The numbers of dimensions that a norm takes, the batch included; None: two or more.
@@ -127,7 +127,7 @@ class ChannelChain(Chain):
         channels = norm.num_channels if self.norm_name == "group" else norm.num_features
         if shape[dim] != channels:
             return f"the norm takes {channels} channels, its input is {shape}"
-        state = channel_norm(norm, self.norm_name or "", count=False)
+        state = channel_norm(norm, self.norm_name or "")
         return few_values(state, shape, dim) or self._dropout_reason(rank, dim)
 
     def gate_dim(self, rank: int) -> int:
@@ -204,6 +204,7 @@ class ChannelChain(Chain):
         else:
             weight, bias = linear["weight"], linear["bias"]
             y = run_linear_channel(x, weight, bias, dim, state, codes, **options)
+        count_batch(state)
         return y.squeeze(0) if unbatched else y
 
     def _is_small(self, x: Tensor, norm: ChannelNorm, codes: Codes, mask: Tensor | None) -> bool:

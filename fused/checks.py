@@ -192,6 +192,7 @@ def checked_channel_norm(
     running: tuple[Tensor | None, Tensor | None, float],
     parts: tuple[int | None, Any],
     training: bool,
+    use_input_stats: bool | None,
 ) -> ChannelNorm | None:
     """The norm of an input of this shape, if over samples or positions; `like` has its device.
 
@@ -199,6 +200,7 @@ def checked_channel_norm(
         affine: norm_weight and norm_bias.
         running: running_mean, running_var and momentum.
         parts: virtual_batch_size and process_group.
+        training: whether the statistics are those of the input where `use_input_stats` is None.
     """
     norm_weight, norm_bias = affine
     running_mean, running_var, momentum = running
@@ -207,7 +209,7 @@ def checked_channel_norm(
         for name, value in (
             *(("num_groups", num_groups), ("running_mean", running_mean)),
             *(("running_var", running_var), ("virtual_batch_size", virtual_batch_size)),
-            ("process_group", process_group),
+            *(("process_group", process_group), ("use_input_stats", use_input_stats)),
         ):
             if value is not None:
                 raise ValueError(f"{operation}: {name} does not belong to norm={norm!r}")
@@ -220,6 +222,9 @@ def checked_channel_norm(
         check_parameter(operation, name, t, (channels,), like)
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{operation}: pass running_mean and running_var, or neither")
+    if use_input_stats is False and running_mean is None:
+        raise ValueError(f"{operation}: use_input_stats=False needs running_mean and running_var")
+    training = training if use_input_stats is None else use_input_stats
     if running_mean is not None and norm == "group":
         raise ValueError(f"{operation}: group norm has no running statistics")
     if norm == "group":

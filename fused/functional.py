@@ -55,6 +55,7 @@ def linear_norm_act(  # noqa: PLR0913  torch's names, each an argument
     p: float = 0.0,
     channel_dropout: bool = False,
     training: bool = True,
+    use_input_stats: bool | None = None,
     seed: int | Tensor | None = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
@@ -84,6 +85,9 @@ def linear_norm_act(  # noqa: PLR0913  torch's names, each an argument
         activation: a name of `fused.activations()`, in any case, or None. A gated one
             halves the features behind the norm: those of residual and result are N / 2.
         p: dropout probability; acts when `training` is true.
+        use_input_stats: whether batch or instance norm takes (and learns) the statistics of x, as
+            when `training` is true, or the running ones; None: what `training` says. False with
+            `training` is a frozen norm behind which dropout acts.
         channel_dropout: whole features of a sample are dropped, over all its positions.
         seed: the dropout seed, an int or an int64 tensor of one element; drawn from torch's
             generator where None.
@@ -144,7 +148,7 @@ def linear_norm_act(  # noqa: PLR0913  torch's names, each an argument
     seed_tensor = checked_seed(operation, seed, x.device)
     norm_weight, norm_bias, bias = map(contiguous, (norm_weight, norm_bias, bias))
     running, parts = (running_mean, running_var, momentum), (virtual_batch_size, process_group)
-    given = (norm_weight, norm_bias), num_groups, running, parts, training
+    given = (norm_weight, norm_bias), num_groups, running, parts, training, use_input_stats
     state = checked_channel_norm(operation, norm, out, -1, x, *given)
     if state is not None or (norm is None and channel_dropout and not is_gated(codes[2])):
         return run_linear_channel(
@@ -186,6 +190,7 @@ def norm_act(  # noqa: PLR0913
     p: float = 0.0,
     channel_dropout: bool = False,
     training: bool = True,
+    use_input_stats: bool | None = None,
     seed: int | Tensor | None = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
@@ -206,8 +211,8 @@ def norm_act(  # noqa: PLR0913
             torch, or -1.
         norm_weight, norm_bias: of shape normalized_shape or (C,), or None.
         eps, num_groups, running_mean, running_var, momentum, virtual_batch_size, process_group,
-        activation, p, channel_dropout, training, seed, **activation_parameters: as in
-            `linear_norm_act`. The dropout mask is laid along the normalised dimensions, or in
+        activation, p, channel_dropout, training, use_input_stats, seed, **activation_parameters:
+            as in `linear_norm_act`. The dropout mask is laid along the normalised dimensions, or in
             memory order. A gated activation halves the channels of batch, group and instance norm,
             else the last dimension.
         residual: of the result's shape, or None, added last.
@@ -245,7 +250,7 @@ def norm_act(  # noqa: PLR0913
     seed_tensor = checked_seed(operation, seed, z.device)
     norm_weight, norm_bias = contiguous(norm_weight), contiguous(norm_bias)
     running, parts = (running_mean, running_var, momentum), (virtual_batch_size, process_group)
-    given = (norm_weight, norm_bias), num_groups, running, parts, training
+    given = (norm_weight, norm_bias), num_groups, running, parts, training, use_input_stats
     state = checked_channel_norm(operation, norm, tuple(z.shape), channel_dim, z, *given)
     if state is not None or (norm is None and channel_dropout and not is_gated(codes[2])):
         return run_channel(

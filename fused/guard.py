@@ -224,6 +224,14 @@ def norm_reason(norm: nn.LayerNorm | nn.RMSNorm, device: torch.device, dtype: to
     return f"it has {own}, its input {_short(dtype)}"
 
 
+def norm_shapes(norm: Any) -> tuple[Any, ...]:
+    """What `norm_reason` and the kernels depend on and what another tensor at the same address, as
+    in `norm.weight.data = ...`, may have otherwise.
+    """
+    own = [None if t is None else (t.shape, t.stride()) for t in norm._parameters.values()]
+    return getattr(norm, "normalized_shape", None), own
+
+
 def tensor_reason(x: Any) -> str:
     """Why the input, whatever its shape, cannot be read by a kernel."""
     if not is_plain(x):

@@ -17,7 +17,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from .channel import run_channel
 from .checks import check_mask, few_values
 from .dispatch import make_codes
-from .running import ChannelNorm
+from .running import ChannelNorm, count_batch
 
 NORM_CLASSES: dict[type, str] = {
     nn.BatchNorm1d: "batch",
@@ -31,12 +31,8 @@ NORM_CLASSES: dict[type, str] = {
 }
 
 
-def channel_norm(module: Any, name: str, count: bool = True) -> ChannelNorm:
-    """The norm as the module's forward would take it now.
-
-    Args:
-        count: whether the call is to be counted in num_batches_tracked, as forward does.
-    """
+def channel_norm(module: Any, name: str) -> ChannelNorm:
+    """The norm as the module's forward would take it now; whoever runs it calls `count_batch`."""
     parameters, buffers = module._parameters, module._buffers
     weight, bias = parameters["weight"], parameters["bias"]
     if name == "group":
@@ -60,8 +56,6 @@ def channel_norm(module: Any, name: str, count: bool = True) -> ChannelNorm:
         norm.running_mean, norm.running_var = running_mean, running_var
         if name == "batch":
             norm.batches = buffers["num_batches_tracked"]
-            if count and norm.batches is not None:
-                norm.batches.add_(1)
     return norm
 
 
@@ -75,11 +69,14 @@ def _forward(module: Any, name: str, x: Tensor, mask: Tensor | None) -> Tensor:
         raise ValueError(f"{operation}: the input must be {where}, got {tuple(x.shape)}")
     if mask is not None:
         check_mask(operation, mask, x, dim)
-    reason = few_values(channel_norm(module, name, count=False), tuple(x.shape), dim)
+    norm = channel_norm(module, name)
+    reason = few_values(norm, tuple(x.shape), dim)
     if reason:
         raise ValueError(reason)
     codes = make_codes(name, module.eps, None, 0.0)
-    return run_channel(x, dim, channel_norm(module, name), codes, mask=mask)
+    y = run_channel(x, dim, norm, codes, mask=mask)
+    count_batch(norm)
+    return y
 
 
 class BatchNorm(_BatchNorm):

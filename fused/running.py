@@ -19,7 +19,7 @@ class ChannelNorm:
         weight, bias: (channels,) or None.
         mean, variance: (channels,), to normalise with; None: the statistics of the input.
         running_mean, running_var: (channels,), to be updated; None: they are not.
-        batches: int64, the number of updates so far, this one included; for momentum None.
+        batches: int64, the number of updates before this one, in training; for momentum None.
         momentum: the weight of the new statistics; None: all updates weigh the same.
         group, across: whether the statistics are those of all processes, and of which group (None:
             all). Batch norm only.
@@ -40,6 +40,12 @@ class ChannelNorm:
     across: bool = False
     group: Any = None
     virtual_batch_size: int | None = None
+
+
+def count_batch(norm: ChannelNorm) -> None:
+    """Counts a batch in num_batches_tracked, as torch's forward does, once the chain has run."""
+    if norm.batches is not None:
+        norm.batches.add_(1)
 
 
 def update_running(
@@ -69,7 +75,7 @@ def update_running(
     if norm.virtual_batch_size is not None and rows > 1:
         if momentum is None:
             assert norm.batches is not None
-            done = (norm.batches - 1) * rows
+            done = norm.batches * rows
             momentum = rows / (done + rows)
             mean, unbiased = mean.mean(0), unbiased.mean(0)
         else:
@@ -81,7 +87,7 @@ def update_running(
             mean, unbiased = (shares * mean).sum(0), (shares * unbiased).sum(0)
     elif momentum is None:
         assert norm.batches is not None
-        momentum = 1 / norm.batches
+        momentum = 1 / (norm.batches + 1)
     if rows > 1 and mean.dim() > 1:
         mean, unbiased = mean.mean(0), unbiased.mean(0)
     if count.numel():  # nothing seen, nothing learned

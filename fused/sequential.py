@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .chain import Chain
+from .norms import BatchNorm
 from .plan import Entry, Plan, Single, make_entry, make_steps
 
 _compiling = torch.compiler.is_dynamo_compiling
@@ -51,6 +52,25 @@ class Sequential(nn.Sequential):
             planned = children, [*map(type, children)], steps
             self.__dict__["_planned"] = planned
         return planned[2]
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As of nn.Module; called by `nn.SyncBatchNorm.convert_sync_batchnorm`, too.
+
+        Raises:
+            TypeError: a SyncBatchNorm in the place of a norm that it cannot stand for.
+        """
+        before = self._modules.get(name)
+        if (
+            type(module) is nn.SyncBatchNorm
+            and isinstance(before, BatchNorm)
+            and (before.channel_dim == -1 or before.virtual_batch_size is not None)
+        ):
+            raise TypeError(
+                f"{type(self).__name__}: nn.SyncBatchNorm normalises dimension 1 of a whole batch"
+                f" and cannot replace {before}; make that norm, or the block around it, with"
+                " process_group=torch.distributed.group.WORLD"
+            )
+        super().add_module(name, module)
 
     def plan(self) -> Plan:
         """What runs fused and why the rest does not; print it.

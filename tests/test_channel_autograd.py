@@ -354,3 +354,24 @@ def test_backward_of_an_empty_batch(norm: str, activation: str, channel_dropout:
         )
         net(x).sum().backward()
         assert x.grad is not None and x.grad.shape == shape
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, fused.BatchNorm])
+def test_a_batch_that_raises_is_not_counted(
+    kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    norm, x = kind(64), torch.randn(512, 64)
+    modules = [fused.Sequential(norm, nn.ReLU()), *([norm] if kind is fused.BatchNorm else [])]
+    with torch.no_grad():
+        with monkeypatch.context() as broken:
+            broken.setattr(ops, "channel_forward", fail)
+            for module in modules:
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    module(x)
+        assert int(norm.num_batches_tracked) == 0
+        for module in modules:
+            module(x)
+        assert int(norm.num_batches_tracked) == len(modules)

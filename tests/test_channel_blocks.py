@@ -291,3 +291,17 @@ def test_a_whole_mlp_with_a_mask() -> None:
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
     jagged = mlp(torch.nested.nested_tensor_from_jagged(x[mask], offsets))
     torch.testing.assert_close(jagged.values(), y[mask], rtol=1e-5, atol=1e-5)
+
+
+def test_convert_sync_batchnorm_is_refused_where_features_are_last() -> None:
+    """torch would put a norm of dimension 1 there."""
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    parts = {"norm": "batch", "activation": "relu"}
+    for block in (
+        fused.LinearNormAct(4, 8, **parts),
+        fused.MLP(4, [8], 2, **parts),
+        fused.NormAct(8, **parts, virtual_batch_size=4),
+    ):
+        with pytest.raises(TypeError, match=r"process_group=torch\.distributed\.group\.WORLD"):
+            convert(block)
+    assert type(convert(fused.NormAct(8, **parts))[0]) is nn.SyncBatchNorm

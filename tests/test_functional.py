@@ -306,3 +306,26 @@ def test_autocast() -> None:
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert weight.grad is not None and weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_frozen_statistics_with_dropout(norm: str) -> None:
+    """One flag each: a norm by its running statistics, behind which dropout acts."""
+    z = torch.randn(8, 6, 40)
+    mean, variance = torch.randn(6), torch.rand(6) + 0.5
+    before = mean.clone(), variance.clone()
+    given = {"norm": norm, "running_mean": mean, "running_var": variance, "seed": 3}
+    plain = functional.norm_act(z, **given, training=False)
+    y = functional.norm_act(z, **given, p=0.5, use_input_stats=False)
+    keep = y != 0
+    assert 0.4 < keep.float().mean() < 0.6
+    torch.testing.assert_close(y, torch.where(keep, 2 * plain, 0))
+    assert torch.equal(mean, before[0]) and torch.equal(variance, before[1])
+    functional.norm_act(z, **given, training=False, p=0.9, use_input_stats=True)
+    assert not torch.equal(mean, before[0])
+    with pytest.raises(
+        ValueError, match="use_input_stats=False needs running_mean and running_var"
+    ):
+        functional.norm_act(z, norm=norm, use_input_stats=False)
+    with pytest.raises(ValueError, match="use_input_stats does not belong to norm='layer'"):
+        functional.norm_act(z, norm="layer", use_input_stats=True)

@@ -416,3 +416,23 @@ def test_the_plan_tells_now_from_the_last_call() -> None:
 def test_the_plan_of_a_lone_norm() -> None:
     assert "a chain needs two or more of Linear, norm" in str(fused.NormAct(8, norm="layer").plan())
     assert "not part of a chain" in str(fused.Sequential(nn.Conv2d(3, 3, 1)).plan())
+
+
+def test_other_parameters_at_the_same_address() -> None:
+    """What `.data =` leaves where it was: the short guard knows tensors by their address."""
+    net = fused.Sequential(nn.Linear(16, 64), nn.LayerNorm(64), nn.ReLU())
+    plain = nn.Sequential(*net)
+    x = torch.randn(4, 16)
+    for _ in range(2):
+        net(x)
+    norm = net[1]
+    own = norm.weight.data
+    norm.weight.data = own[:1].expand(64)
+    assert norm.weight.data_ptr() == own.data_ptr()
+    torch.testing.assert_close(net(x), plain(x))
+    assert "not contiguous" in net.plan()[0].reason
+    norm.weight.data = own
+    net(x)
+    norm.normalized_shape = (63,)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        net(x)

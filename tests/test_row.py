@@ -190,6 +190,7 @@ def test_squares_that_overflow(norm: str, activation: str | None) -> None:
 
 BREAKPOINTS = [0.0, -0.0, 3.0, -3.0, 6.0, -6.0, 1.0, -1.0, 20.0, 20.5, -20.0, 0.625, 88.0, -88.0]
 BREAKPOINTS += [100.0, -100.0, 1e-8, -1e-8, 1e-30, 5.0, -5.0, 9.0, -9.0, 12.0, -12.0]
+WITH_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 SPECIAL = [float("inf"), float("-inf"), float("nan")]
 
 
@@ -215,8 +216,9 @@ def test_breakpoints_and_special_values(activation: str | None) -> None:
             allowed = 2 * (torchs - want).abs() + 4e-7 * want.abs() + 1e-7 * abs(value) * 1e-3
             # The derivative of GELU is a sum with 1/2, and is right to an ulp of that.
             allowed += 1.2e-7 if (activation, name) == ("gelu", "dz") else 1e-12
-            # So is its value, times |z|, where torch without AVX-512 is nearer in the left tail.
-            allowed += 4e-8 * abs(value) if (activation, name) == ("gelu", "y") else 0.0
+            # So is its value, times |z|; torch's erf without AVX-512 is nearer in the left tail.
+            if (activation, name) == ("gelu", "y") and not WITH_AVX512:
+                allowed += 4e-8 * abs(value)
             assert (got - want).abs() <= allowed, where
 
 
