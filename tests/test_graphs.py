@@ -162,3 +162,38 @@ def test_pickles_of_a_compiled_module() -> None:
     copies = [torch.load(buffer, weights_only=False), pickle.loads(pickle.dumps(net))]
     for made in (*copies, copy.deepcopy(net)):
         torch.testing.assert_close(made(x), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "norm, dynamic",
+    [
+        (nn.GroupNorm(4, 16), None),
+        (nn.GroupNorm(4, 16), True),
+        (nn.InstanceNorm2d(16), None),
+        (nn.InstanceNorm2d(16), True),
+        # Not None: torch 2.13 cannot compile the second graph of nn.Sequential either.
+        (nn.BatchNorm2d(16), True),
+    ],
+)
+def test_images_of_varying_size(norm: nn.Module, dynamic: bool | None) -> None:
+    """Forward and gradients are eager's, by as many graphs as of nn.Sequential."""
+    torch._dynamo.reset()
+    children = nn.Conv2d(3, 16, 3), norm, nn.SiLU(), nn.Conv2d(16, 8, 3)
+    eager = copy.deepcopy(nn.Sequential(*children))
+    graphs = []
+    for kind in (nn.Sequential, fused.Sequential):
+        net = copy.deepcopy(kind(*children))
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.compile(net, dynamic=dynamic)
+        other = copy.deepcopy(eager)
+        for size in (12, 16, 20):
+            x = torch.randn(4, 3, size, size)
+            y, expected = compiled(x), other(x)
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+            y.square().mean().backward()
+            expected.square().mean().backward()
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[1] <= graphs[0]
