@@ -104,14 +104,17 @@ def cached(rule: Rule) -> Rule:
 
 @cache
 def _table() -> Table:
-    """Empty where there is no file; a broken one is said, once."""
+    """Empty where there is no file; said once where that was asked for, or the file is broken."""
     path = table_path()
     try:
-        return read(path) if path is not None and path.is_file() else Table({}, {})
+        if path is None or (not path.exists() and "FUSED_TUNING" not in os.environ):
+            return Table({}, {})
+        return read(path)
     except (OSError, ValueError, TypeError, AttributeError) as error:
+        given = " of FUSED_TUNING" if "FUSED_TUNING" in os.environ else ""
         warnings.warn(
-            f"fused: the tuning table {path} is not used ({error}); run 'python -m fused tune'"
-            " again or remove it",
+            f"fused: the tuning table {path}{given} is not used ({error}); run"
+            " 'python -m fused tune' again or remove it",
             stacklevel=2,
         )
         return Table({}, {})

@@ -155,9 +155,11 @@ def fused_mode() -> Iterator[None]:
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where `FUSED_TUNING` has the rules look for what was measured; there is nothing yet."""
-    path = tmp_path / "tuning.json"
-    monkeypatch.setenv("FUSED_TUNING", str(path))
+    """Where the rules look for what was measured; there is nothing yet."""
+    path = tmp_path / "fused" / "tuning.json"
+    path.parent.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("FUSED_TUNING", raising=False)
     tuned.forget()
     yield path
     tuned.forget()

@@ -126,3 +126,17 @@ def test_channel_keys_never_have_the_batch() -> None:
                 channel_tuning.group_tile((samples, 256, 784, 32), last, 2, False, GPU)
             keys.add(tuple(one.key for one in asked))
         assert len(keys) == 1 and keys != {()}
+
+
+@pytest.mark.parametrize("kind", ["missing", "a folder"])
+def test_a_table_that_was_asked_for_and_cannot_be_read_is_said_once(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mine.json" if kind == "missing" else tmp_path
+    monkeypatch.setenv("FUSED_TUNING", str(path))
+    tuned.forget()
+    with pytest.warns(UserWarning, match=f"{path} of FUSED_TUNING is not used") as said:
+        tuned._table()
+        tuned._table()
+    assert len(said) == 1
+    tuned.forget()
