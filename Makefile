@@ -78,5 +78,5 @@ sanitize: setup ## run the C++ tests under AddressSanitizer and UndefinedBehavio
 	  UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest --capture=sys -m "not gpu" $(SANITIZE_TESTS)
 
 clean: ## remove what the other targets have made, except .venv
-	rm -rf build dist .cache *.egg-info $(EXTENSION) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist .cache *.egg-info $(EXTENSION) fused/*.missing .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -242,6 +242,11 @@ class BuildExtension(build_ext):
 
     def run(self) -> None:
         self.in_checkout = self.inplace or self.editable_mode  # setuptools' run resets inplace
+        for name, reason in WITHOUT.items() if self.in_checkout else ():
+            # What an earlier command left there may no longer be why.
+            (ROOT / "fused" / f"{name}.missing").unlink(missing_ok=True)
+            if reason:
+                say_without(name, reason, ROOT / "fused")
         super().run()
 
     def build_extension(self, ext: Extension) -> None:

@@ -178,12 +178,17 @@ def test_onnx(dynamo: bool, tmp_path: Path) -> None:
     check(lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), model)
 
 
-def test_no_symbol_outlives_its_graph() -> None:
+@pytest.mark.parametrize("place", ["eps", "p"])
+def test_no_symbol_outlives_its_graph(place: str) -> None:
+    def codes_of(symbol: float) -> float:
+        eps, p = (symbol, 0.0) if place == "eps" else (1e-5, symbol)
+        return dispatch.make_codes("layer", eps, "gelu", p)[1 if place == "eps" else 5]
+
     def run(x: Tensor) -> Tensor:
-        return x * dispatch.make_codes("layer", 1e-5, "gelu", x.shape[0] / 16)[5]
+        return x * codes_of(x.shape[0] / 16)
 
     def other(x: Tensor) -> Tensor:
-        return x * dispatch.make_codes("layer", 1e-5, "gelu", x.shape[0] / 16)[5]
+        return x * codes_of(x.shape[0] / 16)
 
     for function in (run, other):
         make_fx(function, tracing_mode="symbolic")(torch.randn(4, 3))

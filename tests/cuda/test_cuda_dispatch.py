@@ -115,6 +115,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cuda_library, "LIBRARY", Path("/nonexistent/_cuda.abi3.so"))
         said = backend.why_not("cuda", "cuda", DOUBLE)
         assert said.startswith("the CUDA C++ kernels were not built; ")
+        assert "run 'pip install --no-build-isolation" in said and "FUSED_NO_EXT" not in said
         assert backend.why_not("cuda", "cuda", torch.int64).startswith("cuda serves float32")
         with pytest.raises(RuntimeError, match="fused: the CUDA C\\+\\+ kernels were not built"):
             cuda_library.launch("sum", cuda_library.SumProblem(), torch.empty(0))
