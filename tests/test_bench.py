@@ -215,6 +215,7 @@ def make_results(folder: Path) -> None:
         results.merge(folder / f"{suite}.csv", Outcome(cell, rows, {}), machine)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
 def test_report(tmp_path: Path) -> None:
     from bench.gpu_cells import SUITES
