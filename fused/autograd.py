@@ -13,7 +13,7 @@ There is no jvp: forward-mode differentiation and torch.func transforms take the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,15 @@ from torch import Tensor
 
 from . import ops, reference, synchronize
 from .backend import request
-from .spec import ACTIVATION_NAMES, NORM_NAMES, ChannelEpilogue, Epilogue
+from .spec import (
+    ACTIVATION_NAMES,
+    NORM_NAMES,
+    WANT_BIAS,
+    WANT_NORM_BIAS,
+    WANT_NORM_WEIGHT,
+    ChannelEpilogue,
+    Epilogue,
+)
 
 Codes = tuple[int, float, int, float, float, int]
 ChannelCodes = tuple[int, int, bool, float, int, float, float, int, bool]
@@ -43,6 +51,12 @@ def channel_epilogue_of(codes: ChannelCodes) -> ChannelEpilogue:
         channels_last=channels_last,
         channel_dropout=channel_dropout,
     )
+
+
+def wanted_sums(needs: Sequence[bool]) -> int:
+    """The operators' `wanted`, from which of bias, norm_weight and norm_bias need a gradient."""
+    bits = (WANT_BIAS, WANT_NORM_WEIGHT, WANT_NORM_BIAS)
+    return sum(bit for bit, need in zip(bits, needs, strict=True) if need)
 
 
 def contiguous_rows(t: Tensor) -> Tensor:
@@ -97,11 +111,7 @@ class RowFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         needs = ctx.needs_input_grad
         dresidual = dy if needs[4] else None
-        wanted = (
-            (ops.WANT_NORM_WEIGHT if needs[2] else 0)
-            | (ops.WANT_NORM_BIAS if needs[3] else 0)
-            | (ops.WANT_BIAS if needs[1] else 0)
-        )
+        wanted = wanted_sums(needs[1:4])
         if not (needs[0] or wanted):
             return None, None, None, None, dresidual, None, None
         z, norm_weight, norm_bias, statistics, seed = ctx.saved_tensors
@@ -230,11 +240,7 @@ class ChannelFunction(torch.autograd.Function):
         dy = dy.contiguous()  # a gradient may come expanded, or laid out otherwise
         if needs[4]:
             gradients[4] = dy if mask is None else torch.where(mask[:, :, None], dy, 0)
-        wanted = (
-            (ops.WANT_NORM_WEIGHT if needs[2] else 0)
-            | (ops.WANT_NORM_BIAS if needs[3] else 0)
-            | (ops.WANT_BIAS if needs[1] else 0)
-        )
+        wanted = wanted_sums(needs[1:4])
         if not (needs[0] or wanted):
             return tuple(gradients)
         parameters = norm_weight, norm_bias, mask, seed

@@ -19,8 +19,7 @@ from .cuda_channel import (
     segments_of,
 )
 from .cuda_library import add_up, compute_dtype, launch, pointer, wanted_of
-from .ops import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
-from .spec import NORM_CODES
+from .spec import NORM_CODES, WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
 
 
 def _walk_backward(
@@ -72,7 +71,7 @@ def channel_backward(
         dy, z: three dimensions, contiguous; one dtype.
         mean, variance: as the forward had them.
         count: the elements behind each statistic, (samples,) or (1,); None: from the shape.
-        wanted: sum of the WANT_ constants of ops.py: the sums to make.
+        wanted: sum of the WANT_ constants of spec.py: the sums to make.
         constant: mean and variance do not depend on z.
         The others are those of the forward.
 

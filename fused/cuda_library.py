@@ -175,7 +175,7 @@ def compute_dtype(t: Tensor) -> torch.dtype:
 
 
 def wanted_of(sums: Sequence[Tensor | None]) -> int:
-    """The WANT_ bits (ops.py) of the sums that there are, of norm_weight, norm_bias and bias."""
+    """The WANT_ bits (spec.py) of the sums that there are, of norm_weight, norm_bias and bias."""
     return sum(1 << i for i, t in enumerate(sums) if t is not None)
 
 

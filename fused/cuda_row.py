@@ -19,8 +19,15 @@ from .cuda_library import (
     pointer,
     wanted_of,
 )
-from .ops import STATISTICS_OF, WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
-from .spec import ACTIVATION_NAMES, is_gated
+from .spec import (
+    ACTIVATION_NAMES,
+    NORM_NAMES,
+    STATISTICS,
+    WANT_BIAS,
+    WANT_NORM_BIAS,
+    WANT_NORM_WEIGHT,
+    is_gated,
+)
 
 # Rows that are summed up by one block at least, and blocks that share the rows at most: what fills
 # a large GPU several times over.
@@ -133,7 +140,7 @@ def row_forward(
             " written over z; call row_forward"
         )
     y = z.new_empty((rows, features_of(cols, scalars[2]))) if out is None else out
-    statistics = z.new_empty((STATISTICS_OF[scalars[0]], rows), dtype=compute_dtype(z))
+    statistics = z.new_empty((STATISTICS[NORM_NAMES[scalars[0]]], rows), dtype=compute_dtype(z))
     if rows == 0 or cols == 0:
         return y, statistics.zero_()
     problem, _kept = _problem(z, (bias, norm_weight, norm_bias), seed, scalars)
@@ -168,7 +175,7 @@ def row_backward(
             activation dy has half the columns.
         bias, norm_weight, norm_bias, seed, scalars: as in the forward.
         statistics: as the forward returned them.
-        wanted: sum of the WANT_ constants of ops.py: the sums over the rows to make.
+        wanted: sum of the WANT_ constants of spec.py: the sums over the rows to make.
 
     Returns:
         dz (rows, cols) in z's dtype; dnorm_weight and dnorm_bias, (cols,) in the dtypes of their

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops, reference
-from .autograd import ChannelCodes, Codes, channel_epilogue_of, contiguous_rows, epilogue_of
+from .autograd import (
+    ChannelCodes,
+    Codes,
+    channel_epilogue_of,
+    contiguous_rows,
+    epilogue_of,
+    wanted_sums,
+)
 from .spec import NORM_NAMES
 
 # The inputs of which a chain has gradients, in the order of the functions' arguments.
@@ -63,11 +70,7 @@ class LinearRowFunction(torch.autograd.Function):
             inputs = (x, ctx.weight if weight is None else weight, ctx.bias, norm_weight, norm_bias)
             found = _differentiable(run, inputs, needs[:5], z, dy)
             return *found, dresidual, None, None
-        wanted = (
-            (ops.WANT_NORM_WEIGHT if needs[3] else 0)
-            | (ops.WANT_NORM_BIAS if needs[4] else 0)
-            | (ops.WANT_BIAS if needs[2] else 0)
-        )
+        wanted = wanted_sums(needs[2:5])
         dz, dnorm_weight, dnorm_bias, dbias = ops.row_backward(
             contiguous_rows(dy),
             *(z, None, norm_weight, norm_bias, statistics, seed, wanted),
@@ -139,11 +142,7 @@ class LinearChannelFunction(torch.autograd.Function):
             inputs = (x, ctx.weight if weight is None else weight, ctx.bias, norm_weight, norm_bias)
             found = _differentiable(run, inputs, needs[:5], z, dy)
             return *found, dresidual, None, None, None
-        wanted = (
-            (ops.WANT_NORM_WEIGHT if needs[3] else 0)
-            | (ops.WANT_NORM_BIAS if needs[4] else 0)
-            | (ops.WANT_BIAS if needs[2] and batch else 0)
-        )
+        wanted = wanted_sums((needs[2] and batch, *needs[3:5]))
         dz, dnorm_weight, dnorm_bias, dbias = ops.channel_backward(
             dy.contiguous().view(view),
             *(z.view(view), mean, variance, None, norm_weight, norm_bias, None, seed),

@@ -13,12 +13,14 @@ from torch import Tensor
 from . import extension as _extension  # noqa: F401  (it defines the operators)
 from .launchers import LINEAR_PLACES, PLACES
 from .schemas import SCHEMAS
-from .spec import NORM_NAMES, is_gated
-
-# Which sums over the rows `row_backward` makes.
-WANT_NORM_WEIGHT, WANT_NORM_BIAS, WANT_BIAS = 1, 2, 4
-# Statistics of a row by the norm's code: none, layer, rms.
-STATISTICS_OF = (0, 2, 1)
+from .spec import (
+    NORM_NAMES,
+    STATISTICS,
+    WANT_BIAS,
+    WANT_NORM_BIAS,
+    WANT_NORM_WEIGHT,
+    is_gated,
+)
 
 _library = torch.library.Library("fused_lnad", "FRAGMENT")
 for _name, _schema in SCHEMAS.items():
@@ -33,7 +35,7 @@ def _statistics_dtype(z: Tensor) -> torch.dtype:
 @torch.library.register_fake("fused_lnad::row_forward")
 def _(z, bias, norm_weight, norm_bias, residual, seed, norm, eps, activation, alpha, beta, t):
     rows, cols = z.shape
-    statistics = z.new_empty((STATISTICS_OF[norm], rows), dtype=_statistics_dtype(z))
+    statistics = z.new_empty((STATISTICS[NORM_NAMES[norm]], rows), dtype=_statistics_dtype(z))
     return z.new_empty((rows, cols // 2 if is_gated(activation) else cols)), statistics
 
 
@@ -44,7 +46,7 @@ def _empty_outputs(x: Tensor, weight: Tensor, save_z: bool) -> tuple[Tensor, Ten
 
 @torch.library.register_fake("fused_lnad::linear_row_forward")
 def _(x, weight, bias, norm_weight, norm_bias, residual, seed, save_z, norm, *scalars):
-    statistics = x.new_empty((STATISTICS_OF[norm], x.shape[0]), dtype=torch.float32)
+    statistics = x.new_empty((STATISTICS[NORM_NAMES[norm]], x.shape[0]), dtype=torch.float32)
     return *_empty_outputs(x, weight, save_z), statistics
 
 

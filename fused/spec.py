@@ -98,6 +98,10 @@ NORM_CODES: dict[str | None, int] = {None: 0} | {
     name: code for code, name in enumerate((*ROW_NORMS, *CHANNEL_NORMS), start=1)
 }
 NORM_NAMES: dict[int, str | None] = {code: name for name, code in NORM_CODES.items()}
+# How many statistics of a row are kept for backward.
+STATISTICS: dict[str | None, int] = {None: 0, "layer": 2, "rms": 1}
+# Which sums over the rows a backward operator makes: `wanted` is a sum of these.
+WANT_NORM_WEIGHT, WANT_NORM_BIAS, WANT_BIAS = 1, 2, 4
 
 
 def activations() -> list[str]:

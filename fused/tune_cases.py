@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import ops
 from .dispatch import make_codes
+from .spec import WANT_NORM_BIAS, WANT_NORM_WEIGHT
 
 # Columns, of which each stands for all widths of the same tile.
 WIDTHS = tuple(256 << i for i in range(7))  # to 16384
@@ -59,7 +60,7 @@ class RowCase:
         if self.direction == "forward":
             return lambda: list(ops.row_forward(z, *given, None, seed, *codes))
         _, found = ops.row_forward(z, *given, None, seed, *codes)
-        wanted = ops.WANT_NORM_WEIGHT | (ops.WANT_NORM_BIAS if bias is not None else 0)
+        wanted = WANT_NORM_WEIGHT | (WANT_NORM_BIAS if bias is not None else 0)
         return lambda: list(ops.row_backward(dy, z, *given, found, seed, wanted, *codes))
 
 
@@ -95,7 +96,7 @@ class ChannelCase:
         if self.direction == "forward":
             return lambda: list(ops.channel_forward(z, *given, None, None, seed, *scalars))[:3]
         _, mean, variance, _ = ops.channel_forward(z, *given, None, None, seed, *scalars)
-        wanted = ops.WANT_NORM_WEIGHT | ops.WANT_NORM_BIAS
+        wanted = WANT_NORM_WEIGHT | WANT_NORM_BIAS
         found = (z, mean, variance, None, *given, None, seed, wanted, False, *scalars)
         return lambda: list(ops.channel_backward(dy, *found))[:3]
 

@@ -12,15 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..spec import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
 from . import channel_tuning, tuning
 from .channel_gradient import walk_backward
 from .channel_held_backward import held_backward
 from .channel_loop_backward import loop_backward
 from .channel_problem import Problem, problem_of
 from .column_sum import sum_columns
-
-# Bits of `wanted`, as the operator has them (fused/ops.py, which imports this package).
-WANT_NORM_WEIGHT, WANT_NORM_BIAS, WANT_BIAS = 1, 2, 4
 
 
 @triton.jit(do_not_specialize=("channels", "groups", "chunks"))

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec import ACTIVATION_NAMES, GATED_ACTIVATIONS, NORM_NAMES
+from ..spec import ACTIVATION_NAMES, GATED_ACTIVATIONS, NORM_NAMES, STATISTICS
 from . import gated_tuning, tuning
 from .gate import affine_half, halves_statistics, load_halves, write_gated
-from .norm import STATISTICS, centre, store_statistics, walk_statistics
+from .norm import centre, store_statistics, walk_statistics
 from .tile import load_first, row_offset
 
 # Runtime integers whose value must not compile a new kernel: alignment is passed as ALIGN instead.

@@ -18,11 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec import ACTIVATION_NAMES, NORM_NAMES
+from ..spec import ACTIVATION_NAMES, NORM_NAMES, STATISTICS
 from . import gemm_tuning, tuning
 from .gemm_tile import add_bias, product, tile_of_program
 from .gemm_tma import can_describe, plain_forward
-from .norm import STATISTICS
 from .row_epilogue import write_rows
 from .tile import row_offset
 

@@ -17,9 +17,6 @@ import triton.language as tl
 
 from .tile import load_columns, load_first, load_tile, row_offset
 
-# How many statistics of a row are kept for the backward.
-STATISTICS = {None: 0, "layer": 2, "rms": 1}
-
 
 @triton.jit
 def centre(x, mean, column_mask, NORM: tl.constexpr, EVEN_N: tl.constexpr):

@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec import ACTIVATION_NAMES, NORM_NAMES, is_gated
+from ..spec import ACTIVATION_NAMES, NORM_NAMES, STATISTICS, is_gated
 from . import tuning
 from .activation import activate
 from .dropout import dropout_multiplier
 from .gated import gated_forward
-from .norm import STATISTICS, affine, centre, store_statistics, walk_statistics
+from .norm import affine, centre, store_statistics, walk_statistics
 from .row_epilogue import write_rows
 from .tile import load_columns, load_tile, row_offset
 

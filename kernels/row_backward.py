@@ -16,7 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec import ACTIVATION_NAMES, NORM_NAMES, is_gated
+from ..spec import (
+    ACTIVATION_NAMES,
+    NORM_NAMES,
+    WANT_BIAS,
+    WANT_NORM_BIAS,
+    WANT_NORM_WEIGHT,
+    is_gated,
+)
 from . import tuning
 from .activation import activate_grad
 from .column_sum import sum_columns
@@ -26,9 +33,6 @@ from .gated_backward import gated_backward
 from .norm import affine, centre, load_statistics, row_gradient, row_gradient_means
 from .row_sums import BACKWARD_INTEGERS, row_sums
 from .tile import load_columns, load_tile, row_offset
-
-# Bits of `wanted`, as the operator has them (fused/ops.py, which imports this package).
-WANT_NORM_WEIGHT, WANT_NORM_BIAS, WANT_BIAS = 1, 2, 4
 
 
 @triton.jit(do_not_specialize=BACKWARD_INTEGERS)

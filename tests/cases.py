@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fused import ops, reference
+from fused import ops, reference, spec
 from fused.spec import ACTIVATIONS, Epilogue, dropout_threshold
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -75,7 +75,7 @@ def run_operator(inputs: Inputs, epilogue: Epilogue) -> dict[str, Tensor]:
         inputs.z, *inputs.parameters, inputs.residual, seed, *epilogue.codes
     )
     wanted = (
-        ops.WANT_NORM_WEIGHT | ops.WANT_NORM_BIAS | (0 if inputs.bias is None else ops.WANT_BIAS)
+        spec.WANT_NORM_WEIGHT | spec.WANT_NORM_BIAS | (0 if inputs.bias is None else spec.WANT_BIAS)
     )
     dz, dnorm_weight, dnorm_bias, dbias = ops.row_backward(
         inputs.dy, inputs.z, *inputs.parameters, statistics, seed, wanted, *epilogue.codes

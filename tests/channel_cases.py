@@ -9,7 +9,7 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
-from fused import ops, reference
+from fused import ops, reference, spec
 from fused.spec import ACTIVATIONS, ChannelEpilogue, dropout_scale, dropout_threshold
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -120,8 +120,8 @@ def seed_of(inputs: Inputs, epilogue: ChannelEpilogue) -> Tensor | None:
 
 def wanted_of(inputs: Inputs, epilogue: ChannelEpilogue) -> int:
     """Every sum that the norm offers; without a norm its parameters have none."""
-    bias = 0 if epilogue.norm == "group" else ops.WANT_BIAS
-    return ops.WANT_NORM_WEIGHT | ops.WANT_NORM_BIAS | bias
+    bias = 0 if epilogue.norm == "group" else spec.WANT_BIAS
+    return spec.WANT_NORM_WEIGHT | spec.WANT_NORM_BIAS | bias
 
 
 def named(inputs: Inputs, y: Tensor, gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from channel_cases import (
     run_operator,
 )
 
-from fused import ops, random, reference
+from fused import ops, random, reference, spec
 from fused.spec import ChannelEpilogue, dropout_scale
 
 # Samples, channels, positions, groups: one of each, planes of 2 × 2 and 7 × 7, odd sizes, sizes
@@ -271,7 +271,7 @@ def test_what_is_refused() -> None:
         "unknown activation": lambda: forward(z, None, (*codes[:4], 99, *codes[5:])),
         "needs a seed": lambda: forward(z, None, (*codes[:7], 100, False)),
         "threshold": lambda: forward(z, None, (*codes[:7], 70000, False)),
-        "before group norm": lambda: backward(dy, torch.ones(2), ops.WANT_BIAS),
+        "before group norm": lambda: backward(dy, torch.ones(2), spec.WANT_BIAS),
         "needs count": lambda: backward(dy, None, 0),
         "dy must be": lambda: backward(dy[:1], torch.ones(2), 0),
         "mean and variance must be": lambda: ops.channel_apply(

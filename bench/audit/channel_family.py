@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import torch
 from fused.kernels.channel import channel_apply, channel_backward, channel_forward
-from fused.kernels.channel_backward import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
 from torch import Tensor
 
-from fused.spec import ChannelEpilogue, make_epilogue
+from fused.spec import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT, ChannelEpilogue, make_epilogue
 
 from .covering import Case
 from .family import DTYPES, Family, Make

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import torch
 from fused.kernels.row import row_forward
-from fused.kernels.row_backward import (
+from fused.kernels.row_backward import row_backward
+from torch import Tensor
+
+from fused.spec import (
+    ACTIVATIONS,
+    GATED_ACTIVATIONS,
     WANT_BIAS,
     WANT_NORM_BIAS,
     WANT_NORM_WEIGHT,
-    row_backward,
+    Epilogue,
+    make_epilogue,
 )
-from torch import Tensor
-
-from fused.spec import ACTIVATIONS, GATED_ACTIVATIONS, Epilogue, make_epilogue
 
 from .covering import Case
 from .family import DTYPES, Family, Make

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-from fused import cuda_channel, cuda_channel_backward, cuda_row, ops
+from fused import cuda_channel, cuda_channel_backward, cuda_row, ops, spec
 from fused.cuda_library import open_library
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +63,7 @@ LAUNCHERS = SimpleNamespace(
         for name in ops.OPERATORS
         if hasattr(module, name)
     },
-    WANT_NORM_WEIGHT=ops.WANT_NORM_WEIGHT,
-    WANT_NORM_BIAS=ops.WANT_NORM_BIAS,
-    WANT_BIAS=ops.WANT_BIAS,
+    WANT_NORM_WEIGHT=spec.WANT_NORM_WEIGHT,
+    WANT_NORM_BIAS=spec.WANT_NORM_BIAS,
+    WANT_BIAS=spec.WANT_BIAS,
 )

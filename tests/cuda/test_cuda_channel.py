@@ -42,7 +42,7 @@ from test_channel_values import (  # noqa: F401
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused import ops, reference
+from fused import ops, reference, spec
 
 pytestmark = pytest.mark.usefixtures("emulation")
 
@@ -113,7 +113,7 @@ def test_a_bias_before_group_norm_is_refused() -> None:
     statistics = torch.zeros(2, 2), torch.ones(2, 2), None
     with pytest.raises(ValueError, match="bias in front of group norm"):
         LAUNCHERS.channel_backward(
-            *(x.dy, x.z, *statistics, None, None, None, None, ops.WANT_BIAS, False, *codes)
+            *(x.dy, x.z, *statistics, None, None, None, None, spec.WANT_BIAS, False, *codes)
         )
 
 

@@ -28,7 +28,7 @@ from test_row_memory import (  # noqa: F401
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused import cuda_library, ops
+from fused import cuda_library, ops, spec
 from fused.cuda_row import chunks_of
 from fused.random import keep_mask
 from fused.spec import dropout_scale
@@ -49,7 +49,7 @@ def test_mask_is_random_py_bit_for_bit(
         codes = (0, 0.0, 0, 0.0, 0.0, threshold)
         y, statistics = LAUNCHERS.row_forward(ones, None, None, None, None, seed, *codes)
         dz = LAUNCHERS.row_backward(
-            ones, ones, None, None, None, statistics, seed, ops.WANT_BIAS, *codes
+            ones, ones, None, None, None, statistics, seed, spec.WANT_BIAS, *codes
         )[0]
         keep = keep_mask(rows, cols, threshold, seed)
         scale = torch.tensor(dropout_scale(threshold), dtype=torch.float64).to(dtype)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from fused import launchers, ops
+from fused import launchers, spec
 
 # In place of the operators, which find the C++ kernels for CPU tensors.
 LAUNCHERS = SimpleNamespace(
     **launchers.TRITON,
-    WANT_NORM_WEIGHT=ops.WANT_NORM_WEIGHT,
-    WANT_NORM_BIAS=ops.WANT_NORM_BIAS,
-    WANT_BIAS=ops.WANT_BIAS,
+    WANT_NORM_WEIGHT=spec.WANT_NORM_WEIGHT,
+    WANT_NORM_BIAS=spec.WANT_NORM_BIAS,
+    WANT_BIAS=spec.WANT_BIAS,
 )

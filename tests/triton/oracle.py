@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from fused import launchers, reference
-from fused.ops import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
 from fused.spec import (
     ACTIVATIONS,
     GATED_ACTIVATIONS,
+    WANT_BIAS,
+    WANT_NORM_BIAS,
+    WANT_NORM_WEIGHT,
     Epilogue,
     activation_parameters,
     dropout_threshold,

@@ -18,17 +18,15 @@ pytest.importorskip("triton", reason="Triton kernels need triton")
 
 from fused.kernels import (
     channel,
-    channel_backward,
     gemm_channel,
     gemm_row,
-    norm,
     row,
     row_backward,
     tuning,
 )
 
-from fused import launchers, ops
-from fused.spec import NORM_CODES, NORM_NAMES
+from fused import launchers
+from fused.spec import NORM_CODES
 
 PLACES = launchers.PLACES | launchers.LINEAR_PLACES
 MODULES = {
@@ -76,13 +74,6 @@ def test_registered_function_passes_every_argument_on(operator: str) -> None:
     called = inspect.signature(launcher).bind(*launcher.call_args.args, **launcher.call_args.kwargs)
     passed = {n: value for n, value in called.arguments.items() if n != "out"}
     assert passed == arguments
-
-
-def test_constants_are_the_operators() -> None:
-    for name in ("WANT_NORM_WEIGHT", "WANT_NORM_BIAS", "WANT_BIAS"):
-        assert getattr(row_backward, name) == getattr(ops, name)
-        assert getattr(channel_backward, name) == getattr(ops, name)
-    assert {NORM_NAMES[code]: n for code, n in enumerate(ops.STATISTICS_OF)} == norm.STATISTICS
 
 
 class OnGPU:
