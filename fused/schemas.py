@@ -9,8 +9,8 @@ from __future__ import annotations
 # statistics is (2, rows) for layer (mean, rstd), (1, rows) for rms (rstd), (0, rows) without norm.
 # wanted is a sum of the WANT_ constants of spec.py; a sum over the rows that is not wanted comes
 # back empty. dbias may be wanted without bias: z then contains it already. A gated activation
-# halves the columns: z and the parameters have 2N of them, residual, y and dy have N, over which the mask
-# lies; row_forward_ does not take one.
+# halves the columns: z and the parameters have 2N of them, residual, y and dy have N, over which
+# the mask lies; row_forward_ does not take one.
 _PARAMETERS = "Tensor? bias, Tensor? norm_weight, Tensor? norm_bias"
 _SCALARS = "int norm, float eps, int activation, float alpha, float beta, int threshold"
 _ROW = (
