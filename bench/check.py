@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused import reference
-from fused.dispatch import default_eps
-from fused.spec import make_epilogue
+from fused.spec import default_eps, make_spec
 
 from .cells import Cell
 from .providers import Inputs, Provider
@@ -67,7 +66,7 @@ def _oracle(cell: Cell, chain: nn.Sequential, x: Tensor, parameters: Sequence[Te
     for child in chain:
         if isinstance(child, (nn.LayerNorm, nn.RMSNorm)):
             eps = default_eps(cell.norm, child.eps, getattr(torch, cell.dtype))
-    epilogue = make_epilogue(cell.norm or None, eps, cell.activation or None, 0.0)
+    epilogue = make_spec(cell.norm or None, eps, cell.activation or None, 0.0)
     weight = rest.pop(0) if cell.norm else None
     bias = rest.pop(0) if rest else None
     return reference.row(z, epilogue, None, weight, bias)

@@ -4,7 +4,7 @@
 
 Host: microseconds on 8 × 64 float32, one thread. Kernel: nanoseconds an element of 128 × 1024,
 which stays in the second-level cache, one thread; the best of several repeats, less what one row
-costs. Gates: how fast the kernel makes small chains, of which small.py leaves some to torch.
+costs. Gates: how fast the kernel makes small chains, of which by_torch.py leaves some to torch.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import fused
-from fused import ops, reference, small
-from fused.autograd import Codes, RowFunction
-from fused.dispatch import make_codes
-from fused.spec import GATED_ACTIVATIONS
+from fused import by_torch, ops, reference
+from fused.autograd import RowFunction
+from fused.spec import GATED_ACTIVATIONS, Spec, make_spec
 
 REPEATS = 7
 DTYPES = (torch.float32, torch.bfloat16)
@@ -42,18 +41,18 @@ def host_costs() -> None:
     """One operator, one autograd node, and torch's own operators in their place."""
     x, weight, shift = (torch.randn(s, requires_grad=True) for s in ((8, 64), (64,), (64,)))
     dy, inputs = torch.randn(8, 64), (x, weight, shift)
-    codes = make_codes("layer", 1e-5, "relu", 0.0)
+    spec = make_spec("layer", 1e-5, "relu")
 
     def node() -> Tensor:
-        return RowFunction.apply(x, None, weight, shift, None, None, codes)
+        return RowFunction.apply(x, None, None, weight, shift, None, None, spec)
 
     def plain() -> Tensor:
-        return small.row(x, weight, shift, None, codes)
+        return by_torch.row(x, weight, shift, None, spec)
 
     print("host, 8 × 64 float32, LayerNorm + ReLU, µs")
     with torch.no_grad():
         operator = best_us(
-            lambda: ops.row_forward(x, None, weight, shift, None, None, *codes), 2000
+            lambda: ops.row_forward(x, None, weight, shift, None, None, *spec.row), 2000
         )
         norm = best_us(lambda: torch.layer_norm(x, (64,), weight, shift, 1e-5), 2000)
     print(f"  row_forward {operator:.1f}, torch.layer_norm {norm:.1f}")
@@ -63,12 +62,12 @@ def host_costs() -> None:
         print(f"  {name}: forward {forward:.1f}, forward + backward {both:.1f}")
 
 
-def element_ns(codes: Codes, dtype: torch.dtype) -> tuple[float, float]:
+def element_ns(spec: Spec, dtype: torch.dtype) -> tuple[float, float]:
     """Nanoseconds an element, forward in place and backward."""
     z, dy = torch.randn(128, 1024).to(dtype), torch.randn(128, 1024).to(dtype)
     weight, shift, seed = torch.ones(1024), torch.zeros(1024), torch.tensor([1])
-    _, statistics = ops.row_forward(z, None, weight, shift, None, seed, *codes)
-    times = []
+    _, statistics = ops.row_forward(z, None, weight, shift, None, seed, *spec.row)
+    times, codes = [], spec.row
     for rows in (128, 1):
         a, b, s = z[:rows].clone(), dy[:rows], statistics[:, :rows].contiguous()
         forward = best_us(
@@ -90,7 +89,7 @@ def kernel_costs() -> None:
     for dtype in DTYPES:
         for activation in (None, "relu", "gelu", "silu"):
             for p in (0.0, 0.1):
-                forward, backward = element_ns(make_codes("layer", 1e-5, activation, p), dtype)
+                forward, backward = element_ns(make_spec("layer", 1e-5, activation, p), dtype)
                 name = str(dtype).removeprefix("torch.")
                 print(f"  {name} {activation} p={p:g}: {forward:.2f}, {backward:.2f}")
 
@@ -100,8 +99,8 @@ def group_norm_ns(dtype: torch.dtype, activation: str) -> dict[str, float]:
     z = torch.randn(2, 1024, 64).to(dtype)
     image = z.view(2, 32, 32, 64).permute(0, 3, 1, 2)
     weight, shift = torch.ones(64, dtype=dtype), torch.zeros(64, dtype=dtype)
-    norm, *rest = make_codes("group", 1e-5, activation, 0.0)
-    codes = (norm, 32, True, *rest, False)
+    spec = make_spec("group", 1e-5, activation)
+    codes = spec._replace(groups=32, channels_last=True).channel
     mean, variance, _ = ops.channel_statistics(z, None, *codes[:3])
     given = (mean, variance, weight, shift, *NONE)
     function = getattr(torch.nn.functional, activation)
@@ -164,7 +163,7 @@ def gate_speed(name: str, norm: str | None, rows: int, features: int) -> float:
 
 
 def gate_costs() -> None:
-    """What small.py's limits for gates rest on."""
+    """What by_torch.py's limits for gates rest on."""
     sizes = ", ".join(f"{rows} × {features}" for rows, features in GATE_SIZES)
     print(f"Linear → norm → gate, float32, speed of the kernel over torch's operators: {sizes}")
     for name in GATED_ACTIVATIONS:

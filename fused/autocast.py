@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import ACTIVATION_CODES
-
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 # What CUDA autocast computes, and returns, in float32 (ATen/autocast_mode.h): these norms;
 # softplus, and pow, which square is.
-AUTOCAST_FLOAT32_NORMS = ("layer", "rms", "group")
-_CUDA_AUTOCAST_FLOAT32 = (ACTIVATION_CODES["softplus"], ACTIVATION_CODES["relu_squared"])
+_CUDA_FLOAT32_NORMS = ("layer", "rms", "group")
+_CUDA_FLOAT32_ACTIVATIONS = ("softplus", "relu_squared")
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -27,9 +25,11 @@ def cast_by_autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def float32_under_autocast(
-    device_type: str, dtype: torch.dtype, norm: bool, activation: int = 0
+    device_type: str, dtype: torch.dtype, norm: str | None, activation: str | None = None
 ) -> bool:
     """Whether autocast makes eager's norm or activation read `dtype` as float32."""
-    if device_type != "cuda" or not (norm or activation in _CUDA_AUTOCAST_FLOAT32):
+    if device_type != "cuda":
+        return False
+    if norm not in _CUDA_FLOAT32_NORMS and activation not in _CUDA_FLOAT32_ACTIVATIONS:
         return False
     return dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled("cuda")

@@ -257,3 +257,20 @@ def use_backend(name: str) -> Iterator[None]:
     finally:
         _count_blocks(closed=name)
         request.reset(before)
+
+
+def asked() -> str | None:
+    """The backend asked for, where backward must be told: it has threads of its own for GPUs."""
+    # The compiler cannot read a request.
+    return None if torch.compiler.is_dynamo_compiling() else request.get()
+
+
+def as_asked(name: str | None, operator: Callable[..., Any], *args: Any) -> Any:
+    """Calls an operator in backward as if what was asked for in forward were asked for here."""
+    if name is None or name == request.get():
+        return operator(*args)
+    before = request.set(name)
+    try:
+        return operator(*args)
+    finally:
+        request.reset(before)

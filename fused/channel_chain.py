@@ -8,19 +8,19 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import guard, small
-from .autograd import Codes
+from . import guard
+from .autocast import autocast_dtype
 from .chain import Chain
-from .channel import drop_channels, run_channel, run_linear_channel
+from .channels import channel
 from .checks import few_values
-from .dispatch import chain as run_chain
 from .guard import CHANNEL_DROPOUTS
 from .norms import NORM_CLASSES, channel_norm
-from .recording import is_compiling, transformed
-from .running import ChannelNorm, count_batch
+from .prepare import run
+from .recording import is_compiling
+from .running import ChannelNorm
+from .spec import Spec
 
 _HALF = (torch.bfloat16, torch.float16)
 # The numbers of dimensions that a norm takes, the batch included; None: two or more.
@@ -46,9 +46,13 @@ class ChannelChain(Chain):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.along_rows = False
         self.channel_norm = None if self.norm_name not in NORM_CLASSES.values() else self.norm
         self.drops_channels = type(self.dropout) in CHANNEL_DROPOUTS
         self.channel_dim = getattr(self.channel_norm, "channel_dim", 1)
+        # Of how many dimensions an input is one sample; torch's InstanceNorm takes such.
+        instance = self.norm_name == "instance"
+        self.unbatched_rank = _DIMENSIONS.get(type(self.norm), (0,))[0] if instance else 0
         # Memory order does not matter: the layout is found for every input.
         self.alone = None if self.drops_channels else self.alone
         # Reads what may change about the norm; None without one.
@@ -138,7 +142,7 @@ class ChannelChain(Chain):
         least = 1 if dim == -1 else 2
         if rank not in _DIMENSIONS.get(kind, (rank,)) or rank < least:
             return f"{kind.__name__} does not take {rank} dimensions"
-        if self._is_unbatched(rank):
+        if rank == self.unbatched_rank:
             shape = (1, *shape)
         channels = norm.num_channels if self.norm_name == "group" else norm.num_features
         if shape[dim] != channels:
@@ -149,11 +153,7 @@ class ChannelChain(Chain):
     def gate_dim(self, rank: int) -> int:
         if self.channel_norm is None or self.channel_dim == -1:
             return rank - 1
-        return 0 if self._is_unbatched(rank) else 1
-
-    def _is_unbatched(self, rank: int) -> bool:
-        """Whether torch's InstanceNorm takes an input of so many dimensions for one sample."""
-        return self.norm_name == "instance" and rank == _DIMENSIONS.get(type(self.norm), (0,))[0]
+        return 0 if rank == self.unbatched_rank else 1
 
     def _dropout_reason(self, rank: int, norm_dim: int | None) -> str:
         """Why the dropout is not of the channels that the norm has."""
@@ -177,8 +177,19 @@ class ChannelChain(Chain):
             readers.append((self.norm_values, self.channel_norm))
         return readers
 
-    def _shape_for_short_guard(self, x: Tensor) -> Any:
-        return x.shape
+    def shape_key(self, x: Tensor) -> Any:
+        shape, rank = x.shape, x.dim()
+        if (
+            self.channel_norm is None
+            or self.drops_channels
+            or rank < 2
+            or rank == self.unbatched_rank
+        ):
+            return shape
+        # What `few_values` and the norm depend on, so that another batch is no other shape.
+        channels = shape[self.channel_dim]
+        positions = x.numel() // max(1, shape[0] * channels)
+        return rank, channels, shape[-1], min(shape[0], 2), min(positions, 2)
 
     # ---- running ----
 
@@ -186,74 +197,39 @@ class ChannelChain(Chain):
         self,
         x: Tensor,
         residual: Tensor | None = None,
-        codes: Codes | None = None,
         mask: Tensor | None = None,
+        spec: Spec | None = None,
     ) -> Tensor:
-        norm = self.channel_norm
-        if norm is None and (self.norm is not None or self.gated):
-            return self._run_row_norm(x, residual, codes, mask)
-        codes = codes or self._codes(x.dtype)
-        state = ChannelNorm() if norm is None else channel_norm(norm, self.norm_name or "")
-        dim = self.channel_dim if norm is not None else getattr(self.dropout, "channel_dim", 1)
-        options: dict[str, Any] = {
-            "channel_dropout": self.drops_channels and bool(codes[5]),
-            "residual": residual,
-            "mask": mask,
-        }
-        unbatched = self._is_unbatched(x.dim())
-        if unbatched:
-            x = x.unsqueeze(0)
-            if residual is not None:
-                options["residual"] = residual.unsqueeze(0)
-        linear: Any = None if self.linear is None else self.linear._parameters
-        if self._is_small(x, state, codes, mask):
-            z = x if linear is None else F.linear(x, linear["weight"], linear["bias"])
-            h = small.normalize_channels(z, state, codes[1])
-            if codes[5]:  # a row of the mask is the positions of a channel, or the channels
-                rest = (0, 0.0, *codes[2:])
-                dims = max(1, x.dim() - 2)
-                y = run_chain(h, dims, None, None, options["residual"], None, rest)
-            else:
-                y = small.activate(h, options["residual"], codes)
-        elif linear is None:
-            y = run_channel(x, dim, state, codes, **options)
-        else:
-            weight, bias = linear["weight"], linear["bias"]
-            y = run_linear_channel(x, weight, bias, dim, state, codes, **options)
-        count_batch(state)
-        return y.squeeze(0) if unbatched else y
-
-    def _is_small(self, x: Tensor, norm: ChannelNorm, codes: Codes, mask: Tensor | None) -> bool:
-        """Whether torch's norm serves, and the rest after it."""
-        if mask is not None or is_compiling() or transformed():
-            return False
+        again = spec is not None and residual is None and mask is None and not self.gated
+        if spec is None:
+            cast = None if self.linear is None else autocast_dtype(x.device.type)
+            spec = self._scalars(cast or x.dtype)[2]
+        linear: Any = {} if self.linear is None else self.linear._parameters
+        given: Any = (linear.get("weight"), linear.get("bias"))
+        norm, dim = self.channel_norm, self.channel_dim
+        if self.drops_channels:
+            spec = spec._replace(channel_dropout=spec.threshold > 0)
+            dim = dim if norm is not None else getattr(self.dropout, "channel_dim", 1)
+        if norm is None:
+            affine: Any = {} if self.norm is None else self.norm._parameters
+            given = (*given, affine.get("weight"), affine.get("bias"), residual, mask)
+            # Without any norm it is a chain over channels, which keeps the memory format.
+            state = ChannelNorm() if self.norm is None and not self.gated else None
+            dims = 1 if self.norm is None else len(self.norm.normalized_shape)
+            return run(spec, x, *given, norm=state, channel_dim=dim, normalized_dims=dims)
+        state = channel_norm(norm, self.norm_name or "")
         rank = x.dim()
-        if self.channel_dim == -1 and rank > 2:
-            return False
-        # The mask must be laid as run_channel lays it: in memory order.
-        plain = x.is_contiguous() and (rank == 2 or x.shape[2:].numel() > 1)
-        if self.gated and rank != 2:
-            return False
-        if codes[5] and (self.drops_channels or not plain):
-            return False
-        elements = x.numel()
-        if self.linear is not None:
-            elements = elements // max(1, x.shape[-1]) * self.linear.weight.shape[0]
-        return small.is_small_channel(elements, x, norm, codes)
-
-    def _run_rows(self, x: Tensor, codes: Codes) -> Tensor:
-        return self.run(x, None, codes)
-
-    def _run_row_norm(
-        self, x: Tensor, residual: Tensor | None, codes: Codes | None, mask: Tensor | None
-    ) -> Tensor:
-        """A chain along rows, with dropout of channels behind it as a second operation."""
-        codes = codes or self._codes(x.dtype)
-        if not codes[5]:
-            return super().run(x, residual, codes, mask)
-        y = super().run(x, None, (*codes[:5], 0))
-        dim = getattr(self.dropout, "channel_dim", 1)
-        return drop_channels(y, dim, codes[5], residual, mask)
+        if rank == self.unbatched_rank:
+            residual = None if residual is None else residual.unsqueeze(0)
+            given = (*given, None, None, residual, mask)
+            return run(spec, x.unsqueeze(0), *given, norm=state, channel_dim=dim).squeeze(0)
+        if not again:
+            given = (*given, None, None, residual, mask)
+            return run(spec, x, *given, norm=state, channel_dim=dim)
+        y = channel(spec, x, dim, state, *given, eager=True)
+        if state.batches is not None:
+            state.batches.add_(1)
+        return y
 
 
 def is_channel_chain(children: list[nn.Module]) -> bool:

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from . import synchronize
-from .autograd import Codes
-from .dispatch import default_eps, make_codes
 from .running import ChannelNorm
-from .spec import ACTIVATION_NAMES, CHANNEL_NORMS, PARAMETER_NAMES, is_gated, is_nan
+from .spec import CHANNEL_NORMS, PARAMETER_NAMES, Spec, default_eps, is_nan, make_spec
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -82,14 +80,14 @@ def check_residual(operation: str, residual: Tensor, shape: tuple[int, ...], lik
 
 
 def checked_output_shape(
-    operation: str, shape: tuple[int, ...], dim: int, codes: Codes
+    operation: str, shape: tuple[int, ...], dim: int, spec: Spec
 ) -> tuple[int, ...]:
     """The shape of a chain's result, from that of its norm's input; a gate halves dimension dim."""
-    if not is_gated(codes[2]):
+    if not spec.gated:
         return shape
     if shape[dim] % 2:
         raise ValueError(
-            f"{operation}: activation={ACTIVATION_NAMES[codes[2]]!r} halves the features; they must"
+            f"{operation}: activation={spec.activation!r} halves the features; they must"
             f" be an even number, got {shape[dim]}"
         )
     halved = list(shape)
@@ -123,7 +121,7 @@ def checked_probability(operation: str, p: Any) -> float:
     return float(p)
 
 
-def checked_codes(
+def checked_spec(
     operation: str,
     norm: str | None,
     eps: float | None,
@@ -131,13 +129,13 @@ def checked_codes(
     activation: str | None,
     p: float,
     parameters: dict[str, float],
-) -> Codes:
+) -> Spec:
     if eps is not None and not isinstance(eps, Real):
         raise TypeError(f"{operation}: eps must be a number, got {type(eps).__name__}")
     if eps is not None and is_nan(eps):
         raise ValueError(f"{operation}: eps must be a number, got {eps}")
     eps = default_eps(norm, eps, dtype)
-    return make_codes(norm, eps, activation, p, tuple(sorted(parameters.items())))
+    return make_spec(norm, eps, activation, p, tuple(sorted(parameters.items())))
 
 
 def after_cast(t: Tensor, cast: torch.dtype | None) -> torch.dtype:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autocast import AUTOCAST_FLOAT32_NORMS, autocast_dtype, float32_under_autocast
-from .channel import drop_channels, run_channel, run_linear_channel
+from .autocast import autocast_dtype, float32_under_autocast
 from .checks import (
     after_cast,
     check_float,
@@ -19,18 +18,17 @@ from .checks import (
     check_parameter,
     check_scale_dtype,
     checked_channel_norm,
-    checked_codes,
     checked_output_shape,
     checked_probability,
     checked_seed,
     checked_shape,
+    checked_spec,
     contiguous,
 )
-from .dispatch import chain, linear_chain
 from .jagged import on_jagged_values
+from .prepare import run
 from .random import dropout_mask as _dropout_mask
-from .running import ChannelNorm
-from .spec import CHANNEL_NORMS, activation_name, is_gated, norm_name
+from .spec import CHANNEL_NORMS, activation_name, norm_name
 
 __all__ = ["dropout_mask", "linear_norm_act", "norm_act"]
 
@@ -132,15 +130,16 @@ def linear_norm_act(  # noqa: PLR0913  torch's names, each an argument
                 f"{operation}: {name} must have the dtype of x ({x.dtype}), got {t.dtype}; "
                 f"convert one of them{also}"
             )
-    if float32_under_autocast(x.device.type, dtype, norm in AUTOCAST_FLOAT32_NORMS):
+    if float32_under_autocast(x.device.type, dtype, norm):
         dtype = torch.float32
     check_scale_dtype(operation, "norm_weight", norm_weight, dtype)
     check_scale_dtype(operation, "norm_bias", norm_bias, dtype)
     check_norm_parameters(operation, norm, norm_weight, norm_bias)
     out = (*x.shape[:-1], features)
     p = checked_probability(operation, p) * bool(training)
-    codes = checked_codes(operation, norm, eps, dtype, activation, p, activation_parameters)
-    result = checked_output_shape(operation, out, -1, codes)
+    spec = checked_spec(operation, norm, eps, dtype, activation, p, activation_parameters)
+    spec = spec._replace(channel_dropout=channel_dropout)
+    result = checked_output_shape(operation, out, -1, spec)
     if residual is not None:
         check_parameter(operation, "residual", residual, result, x)
     if mask is not None:
@@ -150,24 +149,8 @@ def linear_norm_act(  # noqa: PLR0913  torch's names, each an argument
     running, parts = (running_mean, running_var, momentum), (virtual_batch_size, process_group)
     given = (norm_weight, norm_bias), num_groups, running, parts, training, use_input_stats
     state = checked_channel_norm(operation, norm, out, -1, x, *given)
-    if state is not None or (norm is None and channel_dropout and not is_gated(codes[2])):
-        return run_linear_channel(
-            x,
-            weight,
-            bias,
-            -1,
-            state or ChannelNorm(),
-            codes,
-            channel_dropout=channel_dropout,
-            residual=residual,
-            mask=mask,
-            seed=seed_tensor,
-        )
-    if channel_dropout:
-        y = linear_chain(x, weight, bias, norm_weight, norm_bias, None, None, (*codes[:5], 0))
-        return drop_channels(y, -1, codes[5], residual, mask, seed_tensor)
-    y = linear_chain(x, weight, bias, norm_weight, norm_bias, residual, seed_tensor, codes)
-    return y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)
+    affine, rest = (norm_weight, norm_bias), (residual, mask, seed_tensor)
+    return run(spec, x, weight, bias, *affine, *rest, norm=state)
 
 
 @on_jagged_values("z")
@@ -234,15 +217,16 @@ def norm_act(  # noqa: PLR0913
     shape = checked_shape(operation, z, channelwise, channel_dim, normalized_shape, norm_weight)
     check_parameter(operation, "norm_weight", norm_weight, shape, z)
     check_parameter(operation, "norm_bias", norm_bias, shape, z)
-    widened = float32_under_autocast(z.device.type, z.dtype, norm in AUTOCAST_FLOAT32_NORMS)
+    widened = float32_under_autocast(z.device.type, z.dtype, norm)
     dtype = torch.float32 if widened else z.dtype
     check_scale_dtype(operation, "norm_weight", norm_weight, dtype)
     check_scale_dtype(operation, "norm_bias", norm_bias, dtype)
     check_norm_parameters(operation, norm, norm_weight, norm_bias)
     p = checked_probability(operation, p) * bool(training)
-    codes = checked_codes(operation, norm, eps, z.dtype, activation, p, activation_parameters)
+    spec = checked_spec(operation, norm, eps, z.dtype, activation, p, activation_parameters)
+    spec = spec._replace(channel_dropout=channel_dropout)
     features = channel_dim if channelwise else -1
-    result = checked_output_shape(operation, tuple(z.shape), features, codes)
+    result = checked_output_shape(operation, tuple(z.shape), features, spec)
     if residual is not None:
         check_parameter(operation, "residual", residual, result, z)
     if mask is not None:
@@ -252,23 +236,9 @@ def norm_act(  # noqa: PLR0913
     running, parts = (running_mean, running_var, momentum), (virtual_batch_size, process_group)
     given = (norm_weight, norm_bias), num_groups, running, parts, training, use_input_stats
     state = checked_channel_norm(operation, norm, tuple(z.shape), channel_dim, z, *given)
-    if state is not None or (norm is None and channel_dropout and not is_gated(codes[2])):
-        return run_channel(
-            z,
-            channel_dim,
-            state or ChannelNorm(),
-            codes,
-            channel_dropout=channel_dropout,
-            residual=residual,
-            mask=mask,
-            seed=seed_tensor,
-        )
-    dims = len(shape)
-    if channel_dropout:
-        y = chain(z, dims, norm_weight, norm_bias, None, None, (*codes[:5], 0))
-        return drop_channels(y, channel_dim, codes[5], residual, mask, seed_tensor)
-    y = chain(z, dims, norm_weight, norm_bias, residual, seed_tensor, codes)
-    return y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)
+    affine, rest = (norm_weight, norm_bias), (residual, mask, seed_tensor)
+    where = (None, None, *affine, *rest)
+    return run(spec, z, *where, norm=state, channel_dim=channel_dim, normalized_dims=len(shape))
 
 
 def dropout_mask(rows: int, cols: int, p: float, seed: int | Tensor) -> Tensor:

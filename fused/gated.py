@@ -4,7 +4,7 @@
 
 Behind a Linear and a norm along rows a gated activation is part of their one operation; behind a
 norm over samples or positions, or along another dimension than the last, it is a second one, with
-the dropout (channel.py).
+the dropout (prepare.py).
 """
 
 from __future__ import annotations
@@ -15,28 +15,9 @@ from functools import partial
 from torch import Tensor, nn
 
 from . import reference
-from .autograd import Codes
-from .dispatch import chain, make_codes, without_norm
+from .prepare import gate
 from .recording import is_plain, recorded_plain
-
-
-def gate(h: Tensor, dim: int, codes: Codes, residual: Tensor | None, seed: Tensor | None) -> Tensor:
-    """residual + dropout(activation(h)), gated along dimension `dim`, which is halved.
-
-    The mask of dropout lies in memory order: along the last dimension where that is the gated one,
-    or where it is so in memory (channels-last), else along all dimensions from `dim` on.
-    """
-    rest = without_norm(codes)
-    if dim in (-1, h.dim() - 1):
-        return chain(h, 1, None, None, residual, seed, rest)
-    last = h.movedim(dim, -1)
-    if last.is_contiguous() and not h.is_contiguous():
-        residual = None if residual is None else residual.movedim(dim, -1)
-        return chain(last, 1, None, None, residual, seed, rest).movedim(-1, dim)
-    shape = list(h.shape)
-    shape[dim] //= 2
-    residual = None if residual is None else residual.flatten(dim)
-    return chain(h.flatten(dim), 1, None, None, residual, seed, rest).view(shape)
+from .spec import make_spec
 
 
 class _Gated(nn.Module):
@@ -57,8 +38,7 @@ class _Gated(nn.Module):
             raise ValueError(
                 f"{type(self).__name__} halves dimension {self.dim}, whose size {size} is odd"
             )
-        codes = make_codes(None, 0.0, self.activation, 0.0)
-        return gate(x, self.dim % x.dim(), codes, None, None)
+        return gate(make_spec(activation=self.activation), x, self.dim % x.dim())
 
     def _by_torch(self, x: Tensor) -> Tensor:
         y = reference.activate(x.transpose(self.dim, -1), self.activation)

@@ -22,7 +22,6 @@ from torch import Tensor
 from .backend import choose
 from .kernels import gemm_tuning, tuned
 from .kernels.gemm_tuning import Kind
-from .spec import NORM_NAMES
 
 MODES = ("auto", "library", "fused")
 
@@ -43,21 +42,15 @@ mode = checked_mode(os.environ.get("FUSED_GEMM") or "auto")
 enabled = mode == "fused" or (mode == "auto" and gemm_tuning.has_rules())
 
 
-def serves_row(x: Tensor, weight: Tensor, norm: int) -> bool:
-    """Whether `ops.linear_row_forward` runs a chain with this norm (a code of spec.py).
+def serves(x: Tensor, weight: Tensor, norm: str | None, groups: int = 1) -> bool:
+    """Whether a Linear and a chain with this norm run as one operator of ops.py.
 
     Args:
         x: (rows, inner).
         weight: (cols, inner).
+        groups: of group norm.
     """
-    name = NORM_NAMES[norm]
-    return has_kernel(x, weight, name) and _is_chosen(x, weight, name)
-
-
-def serves_channel(x: Tensor, weight: Tensor, norm: int, groups: int) -> bool:
-    """Whether `ops.linear_channel_forward` runs a chain with batch or group norm."""
-    name = NORM_NAMES[norm]
-    return has_kernel(x, weight, name, groups) and _is_chosen(x, weight, name)
+    return has_kernel(x, weight, norm, groups) and _is_chosen(x, weight, norm)
 
 
 def has_kernel(x: Tensor, weight: Tensor, norm: str | None, groups: int = 1) -> bool:

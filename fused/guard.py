@@ -17,7 +17,7 @@ from torch.nn.modules import module as _module
 from .gated import GATED_MODULES, GeGLU
 from .norms import NORM_CLASSES, ChannelDropout
 from .recording import is_plain
-from .spec import ACTIVATIONS, is_nan, known_parameters
+from .spec import ACTIVATIONS, NORMS, ROW_NORMS, is_nan, known_parameters
 
 LINEAR, NORM, ACTIVATION, DROPOUT = range(4)
 _NO_PARAMETERS: tuple[tuple[str, float], ...] = ()
@@ -45,13 +45,8 @@ _ACTIVATION_OF: dict[type, str] = {
     ReLUSquared: "relu_squared",
     **GATED_MODULES,
 }
-KIND_OF: dict[type, int] = {
-    nn.Linear: LINEAR,
-    nn.LayerNorm: NORM,
-    nn.RMSNorm: NORM,
-    nn.Dropout: DROPOUT,
-} | dict.fromkeys(_ACTIVATION_OF, ACTIVATION)
-NORM_OF: dict[type, str] = {nn.LayerNorm: "layer", nn.RMSNorm: "rms"} | NORM_CLASSES
+NORM_OF: dict[type, str] = {c: name for name in ROW_NORMS for c in NORMS[name]}
+NORM_OF |= NORM_CLASSES
 # Dropout of whole channels → the number of dimensions that it takes without a warning, batch and
 # channels included; None: any.
 CHANNEL_DROPOUTS: dict[type, int | None] = {
@@ -60,7 +55,9 @@ CHANNEL_DROPOUTS: dict[type, int | None] = {
     nn.Dropout3d: 5,
     ChannelDropout: None,
 }
-KIND_OF |= dict.fromkeys(NORM_CLASSES, NORM) | dict.fromkeys(CHANNEL_DROPOUTS, DROPOUT)
+KIND_OF: dict[type, int] = {nn.Linear: LINEAR, nn.Dropout: DROPOUT}
+KIND_OF |= dict.fromkeys(NORM_OF, NORM) | dict.fromkeys(_ACTIVATION_OF, ACTIVATION)
+KIND_OF |= dict.fromkeys(CHANNEL_DROPOUTS, DROPOUT)
 
 
 def _own_forward(kind: Any) -> Any:

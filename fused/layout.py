@@ -11,6 +11,12 @@ from torch import Tensor
 _IMAGE_DIMS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
+def contiguous_rows(t: Tensor) -> Tensor:
+    """t itself when the elements of each row are adjacent, else a contiguous copy."""
+    # Not contiguous(), which takes an empty tensor of any strides for contiguous.
+    return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
+
+
 class Layout(NamedTuple):
     """How a tensor is seen as three dimensions in memory order, and seen as itself again."""
 
@@ -29,41 +35,37 @@ def apply_layout(x: Tensor, layout: Layout) -> Tensor:
     return x if x.is_contiguous() else x.contiguous()
 
 
-def undo_layout(y: Tensor, layout: Layout) -> Tensor:
-    """What `apply_layout` was given, of what it has returned."""
-    y = y.view(layout.shape)
-    return y.movedim(-1, 1) if layout.channels_moved else y
-
-
-def layout_of(x: Tensor, channel_dim: int, apart: bool = True) -> Layout:
-    """The layout of x, whose channels are dimension 1 or the last (-1).
+def lay_out(x: Tensor, channel_dim: int, apart: bool = True) -> tuple[Tensor, Layout]:
+    """x as three dimensions, and its layout; its channels are dimension 1 or the last (-1).
 
     Args:
         apart: samples must not be mixed up with positions.
     """
-    shape = tuple(x.shape)
-    if channel_dim == -1 or x.dim() == 2:
-        if len(shape) == 1:
-            return Layout(shape, (1, 1, shape[0]), True)
-        samples, channels = shape[0], shape[-1]
-        positions = math.prod(shape[1:-1])
-        view = (samples, positions, channels) if apart else (1, samples * positions, channels)
-        return Layout(shape, view, True)
-    samples, channels, *spatial = shape
-    positions = math.prod(spatial)
-    moved = _is_channels_last(x)
-    if moved:
-        shape = (samples, *spatial, channels)
-    if moved or positions == 1:
-        view = (samples, positions, channels) if apart else (1, samples * positions, channels)
-        return Layout(shape, view, True, moved)
-    return Layout(shape, (samples, channels, positions), False)
+    shape, rank, moved = tuple(x.shape), x.dim(), False
+    if channel_dim == -1 or rank == 2:
+        samples, channels = (shape[0] if rank > 1 else 1), shape[-1]
+        positions, last = math.prod(shape[1:-1]), True
+    else:
+        samples, channels, *spatial = shape
+        positions = math.prod(spatial)
+        moved = rank > 3 and not x.is_contiguous() and _is_channels_last(x)
+        last = moved or positions == 1
+        if moved:
+            x, shape = x.movedim(1, -1), (samples, *spatial, channels)
+    if not last:
+        view = samples, channels, positions
+    elif apart:
+        view = samples, positions, channels
+    else:
+        view = 1, samples * positions, channels
+    x = x.reshape(view)
+    return x if x.is_contiguous() else x.contiguous(), Layout(shape, view, last, moved)
 
 
 def _is_channels_last(x: Tensor) -> bool:
     """Whether torch's pointwise operators would lay their output channels-last."""
     memory_format = _IMAGE_DIMS.get(x.dim())
-    if memory_format is None or x.is_contiguous():
+    if memory_format is None:
         return False
     if x.is_contiguous(memory_format=memory_format):
         return True

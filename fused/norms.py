@@ -14,25 +14,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .channel import run_channel
 from .checks import check_mask, few_values
-from .dispatch import make_codes
-from .running import ChannelNorm, count_batch
+from .prepare import run
+from .running import ChannelNorm
+from .spec import CHANNEL_NORMS, NORMS, make_spec
 
-NORM_CLASSES: dict[type, str] = {
-    nn.BatchNorm1d: "batch",
-    nn.BatchNorm2d: "batch",
-    nn.BatchNorm3d: "batch",
-    nn.SyncBatchNorm: "batch",
-    nn.GroupNorm: "group",
-    nn.InstanceNorm1d: "instance",
-    nn.InstanceNorm2d: "instance",
-    nn.InstanceNorm3d: "instance",
-}
+NORM_CLASSES: dict[type, str] = {c: name for name in CHANNEL_NORMS for c in NORMS[name]}
 
 
 def channel_norm(module: Any, name: str) -> ChannelNorm:
-    """The norm as the module's forward would take it now; whoever runs it calls `count_batch`."""
+    """The norm as the module's forward would take it now."""
     parameters, buffers = module._parameters, module._buffers
     weight, bias = parameters["weight"], parameters["bias"]
     if name == "group":
@@ -73,10 +64,7 @@ def _forward(module: Any, name: str, x: Tensor, mask: Tensor | None) -> Tensor:
     reason = few_values(norm, tuple(x.shape), dim)
     if reason:
         raise ValueError(reason)
-    codes = make_codes(name, module.eps, None, 0.0)
-    y = run_channel(x, dim, norm, codes, mask=mask)
-    count_batch(norm)
-    return y
+    return run(make_spec(name, module.eps), x, norm=norm, channel_dim=dim, mask=mask)
 
 
 class BatchNorm(_BatchNorm):
@@ -234,8 +222,8 @@ class ChannelDropout(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training and self.p):
             return input
-        codes = make_codes(None, 0.0, None, self.p)
-        return run_channel(input, self.channel_dim, ChannelNorm(), codes, channel_dropout=True)
+        spec = make_spec(p=self.p)._replace(channel_dropout=True)
+        return run(spec, input, channel_dim=self.channel_dim)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, channel_dim={self.channel_dim}"

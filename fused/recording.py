@@ -14,14 +14,14 @@ from .backend import choose
 functorch_active = torch._C._are_functorch_transforms_active
 is_tracing = torch._C._is_tracing
 is_exporting = torch.compiler.is_exporting
-_dynamo_compiling = torch.compiler.is_dynamo_compiling
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 PLAIN_TENSORS = (torch.nn.Parameter, Tensor)
 _forward_ad = torch.autograd.forward_ad
 
 
 def is_compiling() -> bool:
     """Whether torch.compile or torch.export records: sizes may be symbols, and nothing is kept."""
-    return _dynamo_compiling() or is_exporting()
+    return is_dynamo_compiling() or is_exporting()
 
 
 def recorded_plain() -> bool:
@@ -32,7 +32,7 @@ def recorded_plain() -> bool:
     """
     if is_exporting():
         return torch.is_grad_enabled() or torch.onnx.is_in_onnx_export()
-    return not _dynamo_compiling() and is_tracing()
+    return not is_dynamo_compiling() and is_tracing()
 
 
 def is_plain(t: object) -> bool:

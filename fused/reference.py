@@ -11,8 +11,6 @@ oracle and in any other dtype it is eager itself; only the dropout mask is this 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,26 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .random import keep_mask
-from .spec import GATED_ACTIVATIONS, ChannelEpilogue, Epilogue, dropout_scale
-
-_ACTIVATIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
-    "relu": lambda h, a, b: F.relu(h),
-    "relu6": lambda h, a, b: F.relu6(h),
-    "leaky_relu": lambda h, a, b: F.leaky_relu(h, a),
-    "elu": lambda h, a, b: F.elu(h, a),
-    "selu": lambda h, a, b: F.selu(h),
-    "gelu": lambda h, a, b: F.gelu(h),
-    "gelu_tanh": lambda h, a, b: F.gelu(h, approximate="tanh"),
-    "silu": lambda h, a, b: F.silu(h),
-    "mish": lambda h, a, b: F.mish(h),
-    "sigmoid": lambda h, a, b: torch.sigmoid(h),
-    "tanh": lambda h, a, b: torch.tanh(h),
-    "hardswish": lambda h, a, b: F.hardswish(h),
-    # F.hardsigmoid has 1/6 in float32 even in its float64 gradient.
-    "hardsigmoid": lambda h, a, b: F.relu6(h + 3) / 6,
-    "softplus": F.softplus,
-    "relu_squared": lambda h, a, b: F.relu(h).square(),
-}
+from .spec import ACTIVATIONS, GATED_ACTIVATIONS, Spec, dropout_scale
 
 
 def activate(h: Tensor, activation: str | None, alpha: float = 0.0, beta: float = 0.0) -> Tensor:
@@ -49,23 +28,19 @@ def activate(h: Tensor, activation: str | None, alpha: float = 0.0, beta: float 
     """
     if activation is None:
         return h
-    if activation not in GATED_ACTIVATIONS:
-        return _ACTIVATIONS[activation](h, alpha, beta)
-    if activation == "glu":
-        return F.glu(h)
-    value, gate = h.chunk(2, -1)
-    return value * _ACTIVATIONS[GATED_ACTIVATIONS[activation].gate](gate, alpha, beta)
+    entry = ACTIVATIONS.get(activation) or GATED_ACTIVATIONS[activation]
+    return entry.function(h, *(alpha, beta)[: len(entry.parameters)])
 
 
-def normalize(z: Tensor, epilogue: Epilogue, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def normalize(z: Tensor, spec: Spec, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Layer or RMS normalisation along the last dimension."""
-    if epilogue.norm == "layer":
+    if spec.norm == "layer":
         shape = z.shape[-1:]
         if torch.jit.is_tracing():  # the older ONNX exporter takes constants alone
             shape = torch.Size(map(int, shape))
-        return F.layer_norm(z, shape, weight, bias, epilogue.eps)
-    if epilogue.norm == "rms":
-        h = F.rms_norm(z, z.shape[-1:], weight, epilogue.eps)
+        return F.layer_norm(z, shape, weight, bias, spec.eps)
+    if spec.norm == "rms":
+        h = F.rms_norm(z, z.shape[-1:], weight, spec.eps)
         return h if bias is None else h + bias
     return z
 
@@ -90,7 +65,7 @@ def dropout(y: Tensor, threshold: int, seed: Tensor) -> Tensor:
 
 def row(
     z: Tensor,
-    epilogue: Epilogue,
+    spec: Spec,
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
@@ -103,22 +78,22 @@ def row(
         z: (rows, cols), floating point.
         bias, norm_weight, norm_bias: (cols,) or None.
         residual: of the result's shape or None, added last.
-        seed: int64 (1,), needed when `epilogue.threshold` is not 0.
+        seed: int64 (1,), needed when `spec.threshold` is not 0.
 
     Returns:
         (rows, cols), behind a gated activation (rows, cols / 2), in the dtype that eager gives.
     """
     h = z if bias is None else z + bias
-    h = normalize(h, epilogue, norm_weight, norm_bias)
-    y = activate(h, epilogue.activation, epilogue.alpha, epilogue.beta)
-    if epilogue.threshold:
+    h = normalize(h, spec, norm_weight, norm_bias)
+    y = activate(h, spec.activation, spec.alpha, spec.beta)
+    if spec.threshold:
         assert seed is not None
-        y = dropout(y, epilogue.threshold, seed)
+        y = dropout(y, spec.threshold, seed)
     return y if residual is None else residual + y
 
 
 def channel_statistics(
-    z: Tensor, epilogue: ChannelEpilogue, mask: Tensor | None = None
+    z: Tensor, spec: Spec, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The statistics of batch, group or instance norm.
 
@@ -132,13 +107,13 @@ def channel_statistics(
         none, all three are zero.
     """
     x = z.to(torch.promote_types(z.dtype, torch.float32))
-    if not epilogue.channels_last:
+    if not spec.channels_last:
         x = x.transpose(1, 2)
     samples, positions, channels = x.shape
     present = x.new_ones(samples, positions) if mask is None else mask.to(x.dtype)
-    if epilogue.norm == "batch":
+    if spec.norm == "batch":
         x, present = x.reshape(1, -1, channels), present.reshape(1, -1)
-    x = x.reshape(*x.shape[:2], epilogue.groups, channels // epilogue.groups)
+    x = x.reshape(*x.shape[:2], spec.groups, channels // spec.groups)
     weight = present[:, :, None, None]
     count = present.sum(1) * x.shape[3]
     divisor = count.clamp(min=1)[:, None]
@@ -150,7 +125,7 @@ def channel_statistics(
 
 def channel(
     z: Tensor,
-    epilogue: ChannelEpilogue,
+    spec: Spec,
     mean: Tensor | None = None,
     variance: Tensor | None = None,
     norm_weight: Tensor | None = None,
@@ -168,39 +143,37 @@ def channel(
         residual: of z's shape or None, added last.
         mask: (samples, positions), bool, or None; channels last only. False positions take no part
             and come out as zero.
-        seed: int64 (1,), needed when `epilogue.threshold` is not 0.
+        seed: int64 (1,), needed when `spec.threshold` is not 0.
 
     Returns:
         of z's shape, in the dtype that eager gives.
     """
-    x = z.transpose(1, 2) if epilogue.channels_last else z  # (samples, channels, positions)
+    x = z.transpose(1, 2) if spec.channels_last else z  # (samples, channels, positions)
     h = x
     if mean is not None and variance is not None:
         h = F.batch_norm(
-            x, mean.view(-1), variance.view(-1), norm_weight, norm_bias, False, 0.0, epilogue.eps
+            x, mean.view(-1), variance.view(-1), norm_weight, norm_bias, False, 0.0, spec.eps
         )
-    elif mask is not None and epilogue.norm is not None:
-        h = _masked_norm(x, epilogue, norm_weight, norm_bias, mask)
-    elif epilogue.norm == "batch":
-        h = torch.batch_norm(x, norm_weight, norm_bias, None, None, True, 0.0, epilogue.eps, False)
-    elif epilogue.norm == "group":
-        h = torch.group_norm(x, epilogue.groups, norm_weight, norm_bias, epilogue.eps)
-    elif epilogue.norm == "instance":
-        h = torch.instance_norm(
-            x, norm_weight, norm_bias, None, None, True, 0.0, epilogue.eps, False
-        )
-    y = activate(h, epilogue.activation, epilogue.alpha, epilogue.beta)
-    y = y.transpose(1, 2) if epilogue.channels_last else y
-    if epilogue.threshold:
+    elif mask is not None and spec.norm is not None:
+        h = _masked_norm(x, spec, norm_weight, norm_bias, mask)
+    elif spec.norm == "batch":
+        h = torch.batch_norm(x, norm_weight, norm_bias, None, None, True, 0.0, spec.eps, False)
+    elif spec.norm == "group":
+        h = torch.group_norm(x, spec.groups, norm_weight, norm_bias, spec.eps)
+    elif spec.norm == "instance":
+        h = torch.instance_norm(x, norm_weight, norm_bias, None, None, True, 0.0, spec.eps, False)
+    y = activate(h, spec.activation, spec.alpha, spec.beta)
+    y = y.transpose(1, 2) if spec.channels_last else y
+    if spec.threshold:
         assert seed is not None
-        y = _channel_dropout(y, epilogue, seed)
+        y = _channel_dropout(y, spec, seed)
     y = y if residual is None else residual + y
     return y if mask is None else torch.where(mask[:, :, None], y, torch.zeros_like(y))
 
 
 def _masked_norm(
     x: Tensor,
-    epilogue: ChannelEpilogue,
+    spec: Spec,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     mask: Tensor,
@@ -210,7 +183,7 @@ def _masked_norm(
     # What is left out must not put inf or NaN into the gradients of the rest.
     z = torch.where(mask[:, :, None], z, torch.zeros_like(z))
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    last = replace(epilogue, channels_last=True)
+    last = spec._replace(channels_last=True)
     mean, variance, _ = channel_statistics(z, last, mask)
     h = normalize_channels(z, last, mean, variance, norm_weight, norm_bias)
     return h.to(x.dtype).transpose(1, 2)
@@ -218,7 +191,7 @@ def _masked_norm(
 
 def normalize_channels(
     z: Tensor,
-    epilogue: ChannelEpilogue,
+    spec: Spec,
     mean: Tensor,
     variance: Tensor,
     norm_weight: Tensor | None,
@@ -230,26 +203,26 @@ def normalize_channels(
         z: (samples, channels, positions) or, channels last, (samples, positions, channels).
         mean, variance: (samples, groups) or (1, channels), of at least float32.
     """
-    x = z if epilogue.channels_last else z.transpose(1, 2)
+    x = z if spec.channels_last else z.transpose(1, 2)
     width = x.shape[2] // mean.shape[1]
     mean, variance = (t.repeat_interleave(width, 1)[:, None] for t in (mean, variance))
-    h = (x.to(mean.dtype) - mean) * torch.rsqrt(variance + epilogue.eps)
+    h = (x.to(mean.dtype) - mean) * torch.rsqrt(variance + spec.eps)
     if norm_weight is not None:
         h = h * norm_weight
     if norm_bias is not None:
         h = h + norm_bias
     h = h.to(z.dtype)
-    return h if epilogue.channels_last else h.transpose(1, 2)
+    return h if spec.channels_last else h.transpose(1, 2)
 
 
-def _channel_dropout(y: Tensor, epilogue: ChannelEpilogue, seed: Tensor) -> Tensor:
+def _channel_dropout(y: Tensor, spec: Spec, seed: Tensor) -> Tensor:
     """Dropout of elements in memory order, or of whole channels of a sample."""
     samples, rows, cols = y.shape
-    if not epilogue.channel_dropout:
-        return dropout(y.reshape(samples * rows, cols), epilogue.threshold, seed).view(y.shape)
-    channels = cols if epilogue.channels_last else rows
-    keep = keep_mask(samples, channels, epilogue.threshold, seed)
-    keep = _laid_as(keep[:, None, :] if epilogue.channels_last else keep[:, :, None], y)
+    if not spec.channel_dropout:
+        return dropout(y.reshape(samples * rows, cols), spec.threshold, seed).view(y.shape)
+    channels = cols if spec.channels_last else rows
+    keep = keep_mask(samples, channels, spec.threshold, seed)
+    keep = _laid_as(keep[:, None, :] if spec.channels_last else keep[:, :, None], y)
     compute = torch.promote_types(y.dtype, torch.float32)
-    factor = keep.to(compute) * dropout_scale(epilogue.threshold)
+    factor = keep.to(compute) * dropout_scale(spec.threshold)
     return (y.to(compute) * factor).to(y.dtype)

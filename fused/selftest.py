@@ -8,7 +8,6 @@ in the last place.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -18,15 +17,14 @@ from torch import Tensor
 
 from . import reference
 from .backend import choose, use_backend
-from .dispatch import default_eps
 from .functional import dropout_mask, linear_norm_act, norm_act
 from .spec import (
     CHANNEL_NORMS,
-    ChannelEpilogue,
-    Epilogue,
+    Spec,
+    default_eps,
     dropout_scale,
     dropout_threshold,
-    make_epilogue,
+    make_spec,
 )
 
 GATE = "linear_norm_gate"
@@ -100,18 +98,17 @@ def _outcome(run: Callable[..., Tensor], inputs: dict[str, Tensor], mode: str) -
     return {"output": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-def _plain(epilogue: Epilogue, **inputs: Tensor) -> Tensor:
+def _plain(spec: Spec, **inputs: Tensor) -> Tensor:
     """The same chain in plain torch, in the dtype of its inputs."""
     z = inputs["z"] if "z" in inputs else F.linear(*(inputs[k] for k in ("x", "weight", "bias")))
     rest = {k: inputs[k] for k in ("norm_weight", "norm_bias", "residual") if k in inputs}
     seed = torch.tensor([SEED], device=z.device)
-    if epilogue.norm not in CHANNEL_NORMS:
-        return reference.row(z, epilogue, seed=seed, **rest)
+    if spec.norm not in CHANNEL_NORMS:
+        return reference.row(z, spec, seed=seed, **rest)
     last = "x" in inputs
     channels = z.shape[2 if last else 1]
-    over = ChannelEpilogue(
-        **asdict(epilogue),
-        groups=GROUPS if epilogue.norm == "group" else channels,
+    over = spec._replace(
+        groups=GROUPS if spec.norm == "group" else channels,
         channels_last=last,
     )
     return reference.channel(z, over, seed=seed, **rest)
@@ -155,8 +152,8 @@ def self_test(
     # By its name: otherwise torch's own operators would serve inputs as small as these (small.py).
     with use_backend(choose(device, dtype)):
         got = _outcome(partial(call, seed=SEED, **options), inputs, mode)
-    epilogue = make_epilogue(norm, eps, activation, P if training else 0.0)
-    plain = partial(_plain, epilogue)
+    spec = make_spec(norm, eps, activation, P if training else 0.0)
+    plain = partial(_plain, spec)
     eager = _outcome(plain, inputs, mode)
     want = _outcome(plain, {name: t.double() for name, t in inputs.items()}, mode)
     if training:

@@ -36,7 +36,14 @@ class Sequential(nn.Sequential):
     _planned: tuple[list[nn.Module], list[type], list[Chain | Single]] | None = None
 
     def forward(self, input: Any) -> Any:
-        for step in self._current_steps():
+        planned = None if _compiling() else self._planned
+        children = [*self._modules.values()]
+        # A child may change its class: lazy modules do, parametrisations too.
+        if planned and planned[0] == children and planned[1] == [*map(type, children)]:
+            steps = planned[2]
+        else:
+            steps = self._current_steps()
+        for step in steps:
             input = step(input)
         return input
 
@@ -46,7 +53,6 @@ class Sequential(nn.Sequential):
             return make_steps(tuple(self._modules.items()))
         planned = self._planned
         children: list[Any] = [*self._modules.values()]
-        # A child may change its class: lazy modules do, parametrisations too.
         if planned is None or planned[0] != children or planned[1] != [*map(type, children)]:
             steps = make_steps(tuple(self._modules.items()))
             planned = children, [*map(type, children)], steps

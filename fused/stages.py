@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import backend, guard
-from .autocast import AUTOCAST_FLOAT32_NORMS, autocast_dtype, float32_under_autocast
+from .autocast import autocast_dtype, float32_under_autocast
 from .gated import GATED_MODULES
 from .guard import ACTIVATION, KIND_OF, NORM, NORM_OF, activation_of
 
@@ -99,7 +99,7 @@ class Stages:
             if reason:
                 return reason
         if norm is not None:
-            if float32_under_autocast(device.type, dtype, self.norm_name in AUTOCAST_FLOAT32_NORMS):
+            if float32_under_autocast(device.type, dtype, self.norm_name):
                 dtype = torch.float32
             reason = self.norm_reason(device, dtype)
             if reason:

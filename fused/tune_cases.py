@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .dispatch import make_codes
-from .spec import WANT_NORM_BIAS, WANT_NORM_WEIGHT
+from .spec import WANT_NORM_BIAS, WANT_NORM_WEIGHT, make_spec
 
 # Columns, of which each stands for all widths of the same tile.
 WIDTHS = tuple(256 << i for i in range(7))  # to 16384
@@ -55,13 +54,13 @@ class RowCase:
         weight = torch.ones(self.cols, device=device, dtype=self.dtype)
         bias = torch.zeros_like(weight) if self.norm == "layer" else None
         seed = torch.tensor([1], device=device)
-        codes = make_codes(self.norm, 1e-5, ACTIVATION, P)
+        spec = make_spec(self.norm, 1e-5, ACTIVATION, P)
         given = (None, weight, bias)
         if self.direction == "forward":
-            return lambda: list(ops.row_forward(z, *given, None, seed, *codes))
-        _, found = ops.row_forward(z, *given, None, seed, *codes)
+            return lambda: list(ops.row_forward(z, *given, None, seed, *spec.row))
+        _, found = ops.row_forward(z, *given, None, seed, *spec.row)
         wanted = WANT_NORM_WEIGHT | (WANT_NORM_BIAS if bias is not None else 0)
-        return lambda: list(ops.row_backward(dy, z, *given, found, seed, wanted, *codes))
+        return lambda: list(ops.row_backward(dy, z, *given, found, seed, wanted, *spec.row))
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,9 @@ class ChannelCase:
         weight = torch.ones(self.channels, device=device, dtype=self.dtype)
         bias = torch.zeros_like(weight)
         seed = torch.tensor([1], device=device)
-        codes = make_codes(self.norm, 1e-5, ACTIVATION, P)
+        spec = make_spec(self.norm, 1e-5, ACTIVATION, P)
         groups = GROUPS if self.norm == "group" else self.channels
-        scalars = (codes[0], groups, self.last, *codes[1:], False)
+        scalars = spec._replace(groups=groups, channels_last=self.last).channel
         given = (weight, bias)
         if self.direction == "forward":
             return lambda: list(ops.channel_forward(z, *given, None, None, seed, *scalars))[:3]

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import gemm, ops
 from .clock import Measure, median_ratio, noise_floor
-from .dispatch import make_codes
 from .kernels import gemm_tuning
+from .spec import make_spec
 from .tune_cases import ACTIVATION, Call, P, short
 
 ROWS = (1024, 32768)
@@ -80,9 +80,9 @@ def make_calls(case: LinearCase, rows: int, device: str) -> tuple[Call, Call]:
     bias = torch.zeros(case.cols, device=device, dtype=case.dtype)
     affine = (torch.ones_like(bias), torch.zeros_like(bias)) if case.norm else (None, None)
     seed = torch.tensor([1], device=device)
-    codes = make_codes(case.norm, 1e-5 if case.norm else 0.0, ACTIVATION, P)
+    spec = make_spec(case.norm, 1e-5 if case.norm else 0.0, ACTIVATION, P)
     if case.norm == "batch":
-        scalars = (codes[0], case.cols, True, *codes[1:], False)
+        scalars = spec._replace(groups=case.cols, channels_last=True).channel
 
         def library() -> list[Tensor]:
             z = F.linear(x, weight, bias)
@@ -95,12 +95,12 @@ def make_calls(case: LinearCase, rows: int, device: str) -> tuple[Call, Call]:
 
     def library_row() -> list[Tensor]:
         z = F.linear(x, weight, bias)
-        return [*ops.row_forward(z, None, *affine, None, seed, *codes), z]
+        return [*ops.row_forward(z, None, *affine, None, seed, *spec.row), z]
 
     given = (x, weight, bias, *affine, None, seed, True)
 
     def kernel() -> list[Tensor]:
-        y, z, found = ops.linear_row_forward(*given, *codes)
+        y, z, found = ops.linear_row_forward(*given, *spec.row)
         return [y, found, z]
 
     return library_row, kernel

@@ -37,7 +37,7 @@ def channel_statistics(
         z: three dimensions, contiguous.
         mask: (samples, positions), bool, with channels_last alone; or None. False positions are
             left out.
-        norm, groups, channels_last: as `spec.ChannelEpilogue.channel_codes`.
+        norm, groups, channels_last: as `spec.Spec.channel`.
 
     Returns:
         float32: mean and variance, (samples, groups) or for batch norm (1, channels); count,
@@ -75,7 +75,7 @@ def channel_forward(
         mask: (samples, positions), bool, with channels_last alone; or None. Where it is false y is
             0, and the position takes no part in the statistics.
         seed: int64 (1,); may be None where threshold is 0.
-        norm to channel_dropout: as `spec.ChannelEpilogue.channel_codes`.
+        norm to channel_dropout: as `spec.Spec.channel`.
 
     Returns:
         y of z's shape and dtype; mean, variance and count as `channel_statistics`.

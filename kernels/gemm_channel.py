@@ -44,7 +44,7 @@ def linear_channel_forward(
         residual: (rows, cols), contiguous, of x's dtype, or None.
         seed: int64 (1,); may be None where threshold is 0.
         save_z: whether z is needed.
-        norm to channel_dropout: as `spec.ChannelEpilogue.channel_codes`, of batch or group norm;
+        norm to channel_dropout: as `spec.Spec.channel`, of batch or group norm;
             channels_last is true and channel_dropout false.
 
     Returns:

@@ -118,7 +118,7 @@ def linear_row_forward(
         residual: (rows, cols), last stride 1, of x's dtype, or None.
         seed: int64 (1,); may be None where threshold is 0.
         save_z: whether z is needed.
-        norm, eps, activation, alpha, beta, threshold: as `spec.Epilogue.codes`.
+        norm, eps, activation, alpha, beta, threshold: as `spec.Spec.row`.
 
     Returns:
         y (rows, cols) in x's dtype; z = x · weightᵀ + bias, likewise, or (0,) where it is not

@@ -161,7 +161,7 @@ def row_forward(
         z, residual: (rows, cols), last stride 1, any row stride and offset; one dtype.
         bias, norm_weight, norm_bias: (cols,), contiguous, any floating dtype, or None.
         seed: int64 (1,); may be None where threshold is 0.
-        norm, eps, activation, alpha, beta, threshold: as `spec.Epilogue.codes`.
+        norm, eps, activation, alpha, beta, threshold: as `spec.Spec.row`.
         out: where y goes, laid out as z may be; it may be z itself. None: a new tensor.
 
     A gated activation takes z (rows, 2 cols) and (2 cols,) of each parameter (gated.py).

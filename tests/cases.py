@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused import ops, reference, spec
-from fused.spec import ACTIVATIONS, Epilogue, dropout_threshold
+from fused.spec import ACTIVATIONS, Spec, dropout_threshold
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NORMS = (None, "layer", "rms")
@@ -16,12 +16,12 @@ EVERY_ACTIVATION = (None, *ACTIVATIONS)
 OUTPUTS = ("y", "dz", "dbias", "dnorm_weight", "dnorm_bias", "dresidual")
 
 
-def make_epilogue(norm: str | None, activation: str | None, p: float = 0.0) -> Epilogue:
-    """An `Epilogue` with torch's defaults for the activation's parameters."""
+def make_epilogue(norm: str | None, activation: str | None, p: float = 0.0) -> Spec:
+    """A `Spec` with torch's defaults for the activation's parameters."""
     values = [v for _, v in ACTIVATIONS[activation].parameters] if activation else []
     alpha, beta = [*values, 0.0, 0.0][:2]
     eps = 1e-5 if norm else 0.0
-    return Epilogue(norm, eps, activation, alpha, beta, dropout_threshold(p))
+    return Spec(norm, eps, activation, alpha, beta, dropout_threshold(p))
 
 
 @dataclass
@@ -68,17 +68,17 @@ def make_inputs(
     )
 
 
-def run_operator(inputs: Inputs, epilogue: Epilogue) -> dict[str, Tensor]:
+def run_operator(inputs: Inputs, epilogue: Spec) -> dict[str, Tensor]:
     """Forward and backward by the raw operators of the inputs' device."""
     seed = inputs.seed if epilogue.threshold else None
     y, statistics = ops.row_forward(
-        inputs.z, *inputs.parameters, inputs.residual, seed, *epilogue.codes
+        inputs.z, *inputs.parameters, inputs.residual, seed, *epilogue.row
     )
     wanted = (
         spec.WANT_NORM_WEIGHT | spec.WANT_NORM_BIAS | (0 if inputs.bias is None else spec.WANT_BIAS)
     )
     dz, dnorm_weight, dnorm_bias, dbias = ops.row_backward(
-        inputs.dy, inputs.z, *inputs.parameters, statistics, seed, wanted, *epilogue.codes
+        inputs.dy, inputs.z, *inputs.parameters, statistics, seed, wanted, *epilogue.row
     )
     found = {"y": y, "dz": dz}
     for name, parameter, gradient in (
@@ -91,7 +91,7 @@ def run_operator(inputs: Inputs, epilogue: Epilogue) -> dict[str, Tensor]:
     return found
 
 
-def run_reference(inputs: Inputs, epilogue: Epilogue, dtype: torch.dtype) -> dict[str, Tensor]:
+def run_reference(inputs: Inputs, epilogue: Spec, dtype: torch.dtype) -> dict[str, Tensor]:
     """The same by the reference in another dtype; float64 is the oracle."""
     z = inputs.z.detach().to(dtype).requires_grad_()
     parameters = [

@@ -10,7 +10,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from fused import ops, reference, spec
-from fused.spec import ACTIVATIONS, ChannelEpilogue, dropout_scale, dropout_threshold
+from fused.spec import ACTIVATIONS, Spec, dropout_scale, dropout_threshold
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NORMS = (None, "batch", "group", "instance")
@@ -26,11 +26,11 @@ def make_epilogue(
     groups: int = 1,
     channels_last: bool = False,
     channel_dropout: bool = False,
-) -> ChannelEpilogue:
-    """A `ChannelEpilogue` with torch's defaults; `groups` counts for group norm alone."""
+) -> Spec:
+    """A `Spec` with torch's defaults; `groups` counts for group norm alone."""
     values = [v for _, v in ACTIVATIONS[activation].parameters] if activation else []
     alpha, beta = [*values, 0.0, 0.0][:2]
-    return ChannelEpilogue(
+    return Spec(
         norm,
         1e-5 if norm else 0.0,
         activation,
@@ -114,11 +114,11 @@ def make_inputs(
     return inputs
 
 
-def seed_of(inputs: Inputs, epilogue: ChannelEpilogue) -> Tensor | None:
+def seed_of(inputs: Inputs, epilogue: Spec) -> Tensor | None:
     return inputs.seed if epilogue.threshold else None
 
 
-def wanted_of(inputs: Inputs, epilogue: ChannelEpilogue) -> int:
+def wanted_of(inputs: Inputs, epilogue: Spec) -> int:
     """Every sum that the norm offers; without a norm its parameters have none."""
     bias = 0 if epilogue.norm == "group" else spec.WANT_BIAS
     return spec.WANT_NORM_WEIGHT | spec.WANT_NORM_BIAS | bias
@@ -135,12 +135,12 @@ def named(inputs: Inputs, y: Tensor, gradients: tuple[Tensor, ...]) -> dict[str,
     return {"y": y} | found
 
 
-def run_operator(inputs: Inputs, epilogue: ChannelEpilogue) -> dict[str, Tensor]:
+def run_operator(inputs: Inputs, epilogue: Spec) -> dict[str, Tensor]:
     """Forward and backward by the raw operators of the inputs' device.
 
     y, dz, dnorm_weight and dnorm_bias where there are parameters, dbias except for group norm.
     """
-    seed, codes = seed_of(inputs, epilogue), epilogue.channel_codes
+    seed, codes = seed_of(inputs, epilogue), epilogue.channel
     constant = inputs.mean is not None
     if constant:
         mean, variance, count = inputs.mean, inputs.variance, None
@@ -176,9 +176,9 @@ def run_operator(inputs: Inputs, epilogue: ChannelEpilogue) -> dict[str, Tensor]
     return found
 
 
-def run_in_parts(inputs: Inputs, epilogue: ChannelEpilogue) -> dict[str, Tensor]:
+def run_in_parts(inputs: Inputs, epilogue: Spec) -> dict[str, Tensor]:
     """The same for batch norm, by the operators between which processes exchange statistics."""
-    seed, codes = seed_of(inputs, epilogue), epilogue.channel_codes
+    seed, codes = seed_of(inputs, epilogue), epilogue.channel
     mean, variance, count = ops.channel_statistics(
         inputs.z, inputs.mask, codes[0], epilogue.groups, epilogue.channels_last
     )
@@ -212,9 +212,7 @@ def run_in_parts(inputs: Inputs, epilogue: ChannelEpilogue) -> dict[str, Tensor]
     return found
 
 
-def run_reference(
-    inputs: Inputs, epilogue: ChannelEpilogue, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def run_reference(inputs: Inputs, epilogue: Spec, dtype: torch.dtype) -> dict[str, Tensor]:
     """The same by the reference in another dtype; float64 is the oracle."""
 
     def prepared(t: Tensor | None) -> Tensor | None:
@@ -247,7 +245,7 @@ def run_reference(
     return found
 
 
-def check(inputs: Inputs, epilogue: ChannelEpilogue, what: str = "") -> None:
+def check(inputs: Inputs, epilogue: Spec, what: str = "") -> None:
     """Raises unless the operators are as near to the oracle as tolerances.py asks for."""
     dtype = inputs.z.dtype
     found = run_operator(inputs, epilogue)
@@ -271,7 +269,7 @@ def check(inputs: Inputs, epilogue: ChannelEpilogue, what: str = "") -> None:
         assert_close(f"{what} {name}", result, oracle[name], eager[name], dtype, magnitude)
 
 
-def largest_rstd(inputs: Inputs, epilogue: ChannelEpilogue) -> float:
+def largest_rstd(inputs: Inputs, epilogue: Spec) -> float:
     """The largest 1/deviation by which the gradients are multiplied; 1 without a norm."""
     variance = inputs.variance
     if epilogue.norm is None:

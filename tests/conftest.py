@@ -15,7 +15,7 @@ import pytest
 import torch
 from fused.kernels import tuned
 
-from fused import backend, gemm, small
+from fused import backend, by_torch, gemm
 
 
 def instruction_sets() -> list[str]:
@@ -97,9 +97,9 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _kernels_at_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests use small tensors and mean the kernels; test_small.py means small.py."""
+    """Tests use small tensors and mean the kernels; test_small.py means by_torch.py."""
     for limits in ("LIMITS", "WITHOUT_NORM"):
-        monkeypatch.setattr(small, limits, [0] * len(getattr(small, limits)))
+        monkeypatch.setattr(by_torch, limits, dict.fromkeys(getattr(by_torch, limits), 0))
 
 
 @pytest.fixture(params=ISAS or [None])

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from cases import Inputs, make_inputs
 from torch import Tensor, nn
 
-from fused.spec import GATED_ACTIVATIONS, Epilogue, dropout_threshold
+from fused.spec import GATED_ACTIVATIONS, Spec, dropout_threshold
 
 GATED = tuple(GATED_ACTIVATIONS)
 
 
-def make_gated_epilogue(norm: str | None, activation: str, p: float = 0.0) -> Epilogue:
-    return Epilogue(norm, 1e-5 if norm else 0.0, activation, threshold=dropout_threshold(p))
+def make_gated_epilogue(norm: str | None, activation: str, p: float = 0.0) -> Spec:
+    return Spec(norm, 1e-5 if norm else 0.0, activation, threshold=dropout_threshold(p))
 
 
 def make_gated_inputs(

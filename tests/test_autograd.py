@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fused
 from fused import functional, ops
-from fused.dispatch import make_codes, run_linear_row, run_row
+from fused.prepare import run as run_chain
+from fused.spec import make_spec
 
 pytestmark = pytest.mark.usefixtures("cpp")
 
@@ -33,11 +34,11 @@ DIFFERENTIATED = [
 @pytest.mark.parametrize("activation, norm", DIFFERENTIATED)
 def test_gradcheck_and_gradgradcheck(activation: str | None, norm: str | None) -> None:
     x, weight, bias, scale, shift, residual = doubles((3, 4), (5, 4), (5,), (5,), (5,), (3, 5))
-    codes = make_codes(norm, 1e-5 if norm else 0.0, activation, 0.3)
+    spec = make_spec(norm, 1e-5 if norm else 0.0, activation, 0.3)
     seed = torch.tensor([3])
 
     def run(x, weight, bias, residual, *affine):  # type: ignore[no-untyped-def]
-        return run_linear_row(x, weight, bias, *(affine or (None, None)), residual, seed, codes)
+        return run_chain(spec, x, weight, bias, *affine, residual=residual, seed=seed)
 
     inputs = (x, weight, bias, residual, *((scale, shift) if norm else ()))
     assert gradcheck(run, inputs)
@@ -46,17 +47,17 @@ def test_gradcheck_and_gradgradcheck(activation: str | None, norm: str | None) -
 
 def test_gradgradcheck_without_linear_and_with_a_shared_tensor() -> None:
     (z, scale) = doubles((4, 6), (6,))
-    codes = make_codes("layer", 1e-5, "tanh", 0.2)
+    spec = make_spec("layer", 1e-5, "tanh", 0.2)
     seed = torch.tensor([3])
 
     def run(z, scale):  # type: ignore[no-untyped-def]
-        return run_row(z, scale, scale, z, seed, codes)
+        return run_chain(spec, z, None, None, scale, scale, z, seed=seed)
 
     assert gradcheck(run, (z, scale)) and gradgradcheck(run, (z, scale))
 
 
 def opcheck_all(inputs: Inputs, norm: str | None, p: float, wanted: tuple[int, ...]) -> None:
-    codes = make_epilogue(norm, "gelu", p).codes
+    codes = make_epilogue(norm, "gelu", p).row
     seed = inputs.seed if p else None
     forward = (inputs.z, *inputs.parameters, inputs.residual, seed, *codes)
     torch.library.opcheck(ops.row_forward, forward)
@@ -164,7 +165,7 @@ def test_forward_mode_is_right_and_never_zero() -> None:
     torch.testing.assert_close(found, expected)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
         dual = torch.autograd.forward_ad.make_dual(x, tangent)
-        fused.autograd.RowFunction.apply(dual, *[None] * 5, make_codes("layer", 1e-5, None, 0.0))
+        fused.autograd.RowFunction.apply(dual, *[None] * 6, make_spec("layer", 1e-5))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

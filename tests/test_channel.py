@@ -18,7 +18,7 @@ from channel_cases import (
 )
 
 from fused import ops, random, reference, spec
-from fused.spec import ChannelEpilogue, dropout_scale
+from fused.spec import Spec, dropout_scale
 
 # Samples, channels, positions, groups: one of each, planes of 2 × 2 and 7 × 7, odd sizes, sizes
 # around a vector, a random block and a line, one position, one group and as many as channels.
@@ -169,7 +169,7 @@ def test_the_mask_of_dropout_is_that_of_the_reference(
                     torch.testing.assert_close(found["dnorm_bias"], expected, rtol=4e-6, atol=0)
 
 
-def keep_of(z: torch.Tensor, epilogue: ChannelEpilogue, seed: torch.Tensor) -> torch.Tensor:
+def keep_of(z: torch.Tensor, epilogue: Spec, seed: torch.Tensor) -> torch.Tensor:
     samples, rows, cols = z.shape
     if not epilogue.channel_dropout:
         keep = random.keep_mask(samples * rows, cols, epilogue.threshold, seed)
@@ -229,7 +229,7 @@ def test_statistics(norm: str) -> None:
         for masked in (False, True) if channels_last else (False,):
             inputs = make_inputs(3, 6, 200, torch.float32, norm, channels_last, masked=masked)
             epilogue = make_epilogue(norm, None, 0.0, 6, 2, channels_last)
-            codes = epilogue.channel_codes
+            codes = epilogue.channel
             found = ops.channel_statistics(inputs.z, inputs.mask, *codes[:3])
             _, *same = ops.channel_forward(
                 inputs.z, *inputs.parameters, None, inputs.mask, None, *codes
@@ -241,7 +241,7 @@ def test_statistics(norm: str) -> None:
                 torch.testing.assert_close(t.double(), oracle, rtol=1e-6, atol=1e-6)
 
 
-def reference_statistics(inputs: Inputs, epilogue: ChannelEpilogue) -> tuple[torch.Tensor, ...]:
+def reference_statistics(inputs: Inputs, epilogue: Spec) -> tuple[torch.Tensor, ...]:
     mean, variance, count = reference.channel_statistics(inputs.z.double(), epilogue, inputs.mask)
     return mean, variance, count if inputs.mask is not None else count[:0]
 
@@ -249,7 +249,7 @@ def reference_statistics(inputs: Inputs, epilogue: ChannelEpilogue) -> tuple[tor
 @pytest.mark.usefixtures("cpp")
 def test_what_is_refused() -> None:
     inputs = make_inputs(2, 6, 10, torch.float32, "group", True, masked=True)
-    codes = make_epilogue("group", "relu", 0.0, 6, 2, True).channel_codes
+    codes = make_epilogue("group", "relu", 0.0, 6, 2, True).channel
     planar = (*codes[:2], False, *codes[3:])
     z, mask, dy = inputs.z, inputs.mask, inputs.dy
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import fused
 from fused import ops
 from fused.functional import norm_act
-from fused.spec import ChannelEpilogue
+from fused.spec import Spec
 
 pytestmark = pytest.mark.usefixtures("cpp")
 
@@ -238,10 +238,10 @@ def operator_inputs(norm: str, last: bool) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize("norm", NORMS)
 def test_operators_are_what_they_declare(norm: str, last: bool) -> None:
-    epilogue = ChannelEpilogue(
+    epilogue = Spec(
         norm, 1e-5, "gelu", threshold=1000, groups=2 if norm == "group" else 8, channels_last=last
     )
-    codes, seed = epilogue.channel_codes, torch.tensor([5])
+    codes, seed = epilogue.channel, torch.tensor([5])
     z, weight, bias, residual = operator_inputs(norm, last)
     mask = torch.rand(3, 5) < 0.8 if last else None
     check = torch.library.opcheck

@@ -75,7 +75,7 @@ def test_in_place_writes_y_and_nothing_else(channels_last: bool) -> None:
             z = buffer[5:-15].view(inputs.z.shape).copy_(inputs.z)
             ops.channel_apply_(
                 *(z, inputs.mean, inputs.variance, *inputs.parameters, inputs.residual, None),
-                *(inputs.seed, *epilogue.channel_codes),
+                *(inputs.seed, *epilogue.channel),
             )
             assert torch.equal(z, expected)
             assert buffer[:5].isnan().all() and buffer[-15:].isnan().all()
@@ -103,7 +103,7 @@ def test_outputs_are_written_completely(
                     found = run_operator(inputs, epilogue)
                     if norm is not None:
                         statistics = ops.channel_statistics(
-                            inputs.z, inputs.mask, *epilogue.channel_codes[:3]
+                            inputs.z, inputs.mask, *epilogue.channel[:3]
                         )
                         found |= dict(zip(("mean", "variance", "count"), statistics, strict=True))
                     for name, t in found.items():
@@ -123,7 +123,7 @@ def test_elements_beyond_two_to_the_31(channels_last: bool) -> None:
     samples = (1 << 31) // (channels * positions) + 2
     plain = make_inputs(1, channels, positions, torch.bfloat16, "instance", channels_last)
     epilogue = make_epilogue("instance", "relu", 0.0, channels, 1, channels_last)
-    codes = epilogue.channel_codes
+    codes = epilogue.channel
     z = torch.zeros(samples, *plain.z.shape[1:], dtype=torch.bfloat16)
     z[-1] = plain.z[0]
     found = ops.channel_statistics(z, None, *codes[:3])

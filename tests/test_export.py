@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fused
-from fused import dispatch
+from fused.spec import make_spec
 
 FEATURES = 8
 SERVED = fused.backend.cpu_isa() is not None
@@ -182,7 +182,8 @@ def test_onnx(dynamo: bool, tmp_path: Path) -> None:
 def test_no_symbol_outlives_its_graph(place: str) -> None:
     def codes_of(symbol: float) -> float:
         eps, p = (symbol, 0.0) if place == "eps" else (1e-5, symbol)
-        return dispatch.make_codes("layer", eps, "gelu", p)[1 if place == "eps" else 5]
+        spec = make_spec("layer", eps, "gelu", p)
+        return spec.eps if place == "eps" else spec.threshold
 
     def run(x: Tensor) -> Tensor:
         return x * codes_of(x.shape[0] / 16)

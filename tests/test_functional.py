@@ -14,7 +14,7 @@ from torch import nn
 
 import fused
 from fused import backend, functional
-from fused.dispatch import float32_under_autocast
+from fused.autocast import float32_under_autocast
 from fused.spec import ACTIVATIONS
 
 
@@ -268,12 +268,12 @@ def test_what_cuda_autocast_widens() -> None:
         widened = {
             name
             for name, a in ACTIVATIONS.items()
-            if float32_under_autocast("cuda", torch.bfloat16, False, a.code)
+            if float32_under_autocast("cuda", torch.bfloat16, None, name)
         }
         assert widened == {"softplus", "relu_squared"}
-        assert float32_under_autocast("cuda", torch.float16, True)
-        assert not float32_under_autocast("cuda", torch.float64, True)
-        assert not float32_under_autocast("cpu", torch.bfloat16, True)
+        assert float32_under_autocast("cuda", torch.float16, "layer")
+        assert not float32_under_autocast("cuda", torch.float64, "layer")
+        assert not float32_under_autocast("cpu", torch.bfloat16, "layer")
     finally:
         torch.set_autocast_enabled("cuda", before)
 

@@ -187,7 +187,7 @@ def test_every_gate_is_an_activation() -> None:
 
 
 def opcheck_all(inputs: Inputs, norm: str | None, p: float) -> None:
-    codes = make_gated_epilogue(norm, "swiglu", p).codes
+    codes = make_gated_epilogue(norm, "swiglu", p).row
     seed = inputs.seed if p else None
     forward = (inputs.z, *inputs.parameters, inputs.residual, seed, *codes)
     torch.library.opcheck(ops.row_forward, forward)

@@ -38,7 +38,7 @@ def test_outputs_are_written_completely(rows: int, half: int, norm: str | None) 
             inputs = make_gated_inputs(rows, half, dtype, norm)
             epilogue = make_gated_epilogue(norm, "geglu", 0.1)
             found = run_operator(inputs, epilogue)
-            seed, codes = inputs.seed, epilogue.codes
+            seed, codes = inputs.seed, epilogue.row
             _, statistics = ops.row_forward(inputs.z, *inputs.parameters, None, seed, *codes)
             found["statistics"] = statistics
             assert found["y"].shape == (rows, half) and found["dz"].shape == (rows, 2 * half)
@@ -81,7 +81,7 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
 
 @pytest.mark.usefixtures("cpp")
 def test_what_is_refused() -> None:
-    codes = make_gated_epilogue(None, "swiglu").codes
+    codes = make_gated_epilogue(None, "swiglu").row
     nothing = (None, None, None)
     z, y = torch.zeros(3, 8), torch.zeros(3, 4)
     odd = torch.zeros(3, 7)

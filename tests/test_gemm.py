@@ -21,8 +21,8 @@ from gemm_calls import HALF, gradients, recorded
 from torch import Tensor, nn
 
 import fused
-from fused import dispatch, gemm, ops
-from fused.spec import NORM_CODES
+from fused import gemm, ops, prepare
+from fused.spec import default_eps, make_spec
 
 pytestmark = pytest.mark.usefixtures("cpp")
 
@@ -60,7 +60,7 @@ def block(norm: str | None = "layer", **options: Any) -> fused.LinearNormAct:
 
 def given_eps(net: fused.LinearNormAct) -> float:
     norm = net._modules.get("norm")
-    return 0.0 if norm is None else dispatch.default_eps("rms", norm.eps, HALF)
+    return 0.0 if norm is None else default_eps("rms", norm.eps, HALF)
 
 
 def python(code: str, **environment: str) -> SimpleNamespace:
@@ -141,7 +141,7 @@ def test_training_by_one_kernel(
     assert (given_r is not None) == residual
     assert (seed is not None) == (p > 0)
     assert save_z is True
-    assert tuple(codes) == dispatch.make_codes(norm, given_eps(net), "gelu", p)
+    assert tuple(codes) == make_spec(norm, given_eps(net), "gelu", p).row
     with mock.patch.object(gemm, "enabled", False):
         library = gradients(net, x, r)
     assert len(calls) == 1
@@ -235,7 +235,7 @@ def test_compiled(calls: list[Any], backend: str) -> None:
 
 
 def served(x: Tensor, weight: Tensor, norm: str | None = "layer") -> bool:
-    return gemm.serves_row(x, weight, NORM_CODES[norm])
+    return gemm.serves(x, weight, norm)
 
 
 @pytest.mark.usefixtures("calls", "fused_mode")
@@ -261,10 +261,10 @@ def test_what_no_kernel_serves_is_left_to_the_library() -> None:
 def test_autocast_mixes_are_left_to_the_library(calls: list[Any]) -> None:
     """Under CUDA's autocast layer norm reads bf16 as float32: not this kernel's function."""
     x, weight = torch.randn(6, 40), torch.randn(64, 40)
-    codes = dispatch.make_codes("layer", 1e-5, "relu", 0.0)
+    spec = make_spec("layer", 1e-5, "relu")
     with (
-        mock.patch.object(dispatch, "autocast_dtype", lambda device: HALF),
-        mock.patch.object(dispatch, "float32_under_autocast", lambda *args: True),
+        mock.patch.object(prepare, "autocast_dtype", lambda device: HALF),
+        mock.patch.object(prepare, "float32_under_autocast", lambda *args: True),
     ):
-        y = dispatch.linear_chain(x, weight, None, None, None, None, None, codes)
+        y = prepare.run(spec, x, weight)
     assert y.dtype == torch.float32 and not calls

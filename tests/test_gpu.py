@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fused
 from fused import doctor, functional, reference
-from fused.spec import ACTIVATIONS, make_epilogue
+from fused.spec import ACTIVATIONS, make_spec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,7 +95,7 @@ def test_approximate_instructions(activation: str, dtype: torch.dtype) -> None:
     values = torch.cat([torch.linspace(-12, 12, 400_000), torch.logspace(-30, 4, 50_000)])
     z = torch.cat([values, -values]).to(dtype).view(-1, 1000)
     dy = torch.randn(z.shape).to(dtype)
-    epilogue = make_epilogue(None, 0.0, activation, 0.0)
+    epilogue = make_spec(None, 0.0, activation, 0.0)
 
     def run(convert: Callable[[Tensor], Tensor], ours: bool) -> tuple[Tensor, Tensor]:
         x = convert(z).requires_grad_()

@@ -13,10 +13,10 @@ import torch
 
 import fused
 from fused import ops
-from fused.dispatch import make_codes
+from fused.spec import make_spec
 
 pytestmark = pytest.mark.usefixtures("cpp")
-RELU = make_codes(None, 0.0, "relu", 0.0)
+RELU = make_spec(None, 0.0, "relu", 0.0).row
 LARGE = (1536, 1024)  # 6 MiB of float32
 
 
@@ -83,9 +83,9 @@ def test_tensors_outlive_the_interpreter_and_the_cache_can_be_off() -> None:
     program = """
 import torch
 from fused import ops
-from fused.dispatch import make_codes
+from fused.spec import make_spec
 x = torch.randn(9000, 1024)
-keep = [ops.row_forward(x, None, None, None, None, None, *make_codes(None, 0.0, "relu", 0.0))[0]
+keep = [ops.row_forward(x, None, None, None, None, None, *make_spec(None, 0.0, "relu", 0.0).row)[0]
         for _ in range(3)]
 assert all(torch.equal(y, x.relu()) for y in keep)
 print("done")
@@ -103,8 +103,8 @@ print("done")
 FULL = """
 import os, torch, fused
 from fused import ops
-from fused.dispatch import make_codes
-RELU = make_codes(None, 0.0, "relu", 0.0)
+from fused.spec import make_spec
+RELU = make_spec(None, 0.0, "relu", 0.0).row
 x = torch.randn(1900, 1024)
 relu = lambda rows: ops.row_forward(x[:rows], *[None] * 5, *RELU)[0]
 def resident():
@@ -132,9 +132,9 @@ def test_the_oldest_block_goes_when_the_cache_is_full() -> None:
 FORK = """
 import os, signal, threading, time, torch
 from fused import ops
-from fused.dispatch import make_codes
+from fused.spec import make_spec
 torch.set_num_threads(1)  # OpenMP itself does not outlive a fork
-RELU = make_codes(None, 0.0, "relu", 0.0)
+RELU = make_spec(None, 0.0, "relu", 0.0).row
 x = torch.randn(1100, 1024)
 relu = lambda: ops.row_forward(x, None, None, None, None, None, *RELU)[0]
 stop = False

@@ -19,13 +19,13 @@ from cases import (
 from tolerances import FLOOR, assert_close, decades
 
 from fused import reference
-from fused.spec import Epilogue
+from fused.spec import Spec
 
 # Rows of one element, below, at and above a vector and a random block, odd, and a long row.
 SHAPES = [(5, 1), (3, 7), (9, 63), (70, 64), (33, 65), (7, 200), (3, 1000), (2, 1025), (3, 8192)]
 
 
-def check(inputs: Inputs, epilogue: Epilogue, what: str = "") -> None:
+def check(inputs: Inputs, epilogue: Spec, what: str = "") -> None:
     dtype = inputs.z.dtype
     found = run_operator(inputs, epilogue)
     oracle = run_reference(inputs, epilogue, torch.float64)
@@ -70,7 +70,7 @@ def with_present(inputs: Inputs, present: int) -> Inputs:
     return inputs
 
 
-def check_wider_parameters(inputs: Inputs, epilogue: Epilogue, parameter: torch.dtype) -> None:
+def check_wider_parameters(inputs: Inputs, epilogue: Spec, parameter: torch.dtype) -> None:
     """The norm's parameters in a wider dtype: the same numbers, and their gradients in it."""
     narrow = run_operator(inputs, epilogue)
     assert inputs.norm_weight is not None and inputs.norm_bias is not None

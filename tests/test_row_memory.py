@@ -11,7 +11,7 @@ import torch
 from cases import DTYPES, NORMS, Inputs, make_epilogue, make_inputs, run_operator
 
 from fused import backend, functional, ops
-from fused.spec import Epilogue
+from fused.spec import Spec
 
 
 def in_poisoned_buffers(plain: Inputs) -> Inputs:
@@ -61,7 +61,7 @@ def test_in_place_writes_y_and_nothing_else() -> None:
         buffer = torch.full((6, 110), float("nan"), dtype=dtype)
         z = buffer[:, 3:103]
         z.copy_(inputs.z)
-        ops.row_forward_(z, *inputs.parameters, inputs.residual, inputs.seed, *epilogue.codes)
+        ops.row_forward_(z, *inputs.parameters, inputs.residual, inputs.seed, *epilogue.row)
         assert torch.equal(z, expected)
         assert buffer[:, :3].isnan().all() and buffer[:, 103:].isnan().all()
 
@@ -76,7 +76,7 @@ def test_outputs_are_written_completely(rows: int, cols: int, norm: str | None) 
             inputs = make_inputs(rows, cols, dtype, norm)
             epilogue = make_epilogue(norm, "gelu", 0.1)
             found = run_operator(inputs, epilogue)
-            seed, codes = inputs.seed, epilogue.codes
+            seed, codes = inputs.seed, epilogue.row
             _, statistics = ops.row_forward(inputs.z, *inputs.parameters, None, seed, *codes)
             found["statistics"] = statistics
             for name, t in found.items():
@@ -102,9 +102,9 @@ def rows_that_stream(cols: int, dtype: torch.dtype) -> int:
     return size // (cols * dtype.itemsize)
 
 
-def check_streams_alike(inputs: Inputs, epilogue: Epilogue) -> None:
+def check_streams_alike(inputs: Inputs, epilogue: Spec) -> None:
     """Without dropout: all rows, which stream, give the bits of parts that are too small for it."""
-    rows, block, codes = inputs.z.shape[0], 512, epilogue.codes
+    rows, block, codes = inputs.z.shape[0], 512, epilogue.row
 
     def run(start: int, end: int) -> tuple[torch.Tensor, ...]:
         z, dy, residual = (t[start:end] for t in (inputs.z, inputs.dy, inputs.residual))
@@ -158,5 +158,5 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
     far = with_rows_far_apart(plain)
     for name, t in run_operator(far, epilogue).items():
         assert torch.equal(t, expected[name]), name
-    ops.row_forward_(far.z, *plain.parameters, None, plain.seed, *epilogue.codes)
+    ops.row_forward_(far.z, *plain.parameters, None, plain.seed, *epilogue.row)
     assert torch.equal(far.z, expected["y"])

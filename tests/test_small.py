@@ -10,17 +10,17 @@ from cases import EVERY_ACTIVATION
 from torch import nn
 
 import fused
-from fused import ops, small
-from fused.spec import ACTIVATION_CODES, GATED_ACTIVATIONS
+from fused import by_torch, ops
+from fused.spec import GATED_ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("cpp")
 # Before the fixture of every test takes them away.
-LIMITS, WITHOUT_NORM = list(small.LIMITS), list(small.WITHOUT_NORM)
+LIMITS, WITHOUT_NORM = dict(by_torch.LIMITS), dict(by_torch.WITHOUT_NORM)
 
 
 def take_small_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(small, "LIMITS", LIMITS)
-    monkeypatch.setattr(small, "WITHOUT_NORM", WITHOUT_NORM)
+    monkeypatch.setattr(by_torch, "LIMITS", LIMITS)
+    monkeypatch.setattr(by_torch, "WITHOUT_NORM", WITHOUT_NORM)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_is_taken_for_small_inputs_only(monkeypatch: pytest.MonkeyPatch) -> None
     with fused.use_backend("cpp"):
         chain(x)
     assert len(calls) == 1  # who asks for a backend gets it
-    chain(torch.randn(LIMITS[ACTIVATION_CODES["relu"]] // 64 + 1, 64))
+    chain(torch.randn(LIMITS["relu"] // 64 + 1, 64))
     assert len(calls) == 2
     with torch.no_grad():
         chain(x)

@@ -56,16 +56,16 @@ def test_the_rule_reads_the_table(table: Path) -> None:
 @pytest.mark.usefixtures("h100")
 def test_auto_takes_the_kernel_where_the_table_says_so(table: Path) -> None:
     x, weight = torch.randn(6, 40, dtype=HALF), torch.randn(64, 40, dtype=HALF)
-    layer, rms = 1, 2
+    layer, rms = "layer", "rms"
     with mock.patch.object(gemm, "mode", "auto"):
-        assert not gemm.serves_row(x, weight, layer)
+        assert not gemm.serves(x, weight, layer)
         write(table)
-        assert gemm.serves_row(x, weight, layer)
-        assert gemm.serves_row(x[:2], weight, layer), "whatever the batch"
-        assert not gemm.serves_row(x, weight, rms)
-        assert not gemm.serves_channel(x, weight, 3, 64)
+        assert gemm.serves(x, weight, layer)
+        assert gemm.serves(x[:2], weight, layer), "whatever the batch"
+        assert not gemm.serves(x, weight, rms)
+        assert not gemm.serves(x, weight, "batch", 64)
         with mock.patch.object(gemm, "_name", lambda index: "Another GPU"):
-            assert not gemm.serves_row(x, weight, layer)
+            assert not gemm.serves(x, weight, layer)
 
 
 @pytest.mark.usefixtures("h100")

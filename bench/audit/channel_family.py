@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
 from fused.kernels.channel import channel_apply, channel_backward, channel_forward
 from torch import Tensor
 
-from fused.spec import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT, ChannelEpilogue, make_epilogue
+from fused.spec import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT, Spec, make_spec
 
 from .covering import Case
 from .family import DTYPES, Family, Make
@@ -96,13 +95,13 @@ class _Call:
         self.case, self.make, self.float32 = case, make, DTYPES["fp32"]
         groups = scene.groups if scene.norm == "group" else scene.channels
         p = 0.1 if case["dropout"] else 0.0
-        epilogue = make_epilogue(scene.norm, 1e-5, case["activation"], p)
-        self.codes = ChannelEpilogue(
-            **asdict(epilogue),
+        epilogue = make_spec(scene.norm, 1e-5, case["activation"], p)
+        self.codes = Spec(
+            *epilogue[:6],
             groups=groups,
             channels_last=scene.last,
             channel_dropout=case["dropout"] == "channels",
-        ).channel_codes
+        ).channel
         self.shape = shape
         kind = case["parameters"]
         parameter = DTYPES[case["dtype"]] if kind == "same" else self.float32

@@ -9,7 +9,7 @@ from fused.kernels import gemm_tuning
 from fused.kernels.gemm_channel import linear_channel_forward
 from fused.kernels.gemm_row import linear_row_forward
 
-from fused.spec import CHANNEL_NORMS, ChannelEpilogue, make_epilogue
+from fused.spec import CHANNEL_NORMS, Spec, make_spec
 
 from .covering import Case
 from .family import DTYPES, Family, Make
@@ -46,12 +46,12 @@ def _call(case: Case, make: Make) -> object:
     present = (kind in ("same", "float32"), kind != "none", kind != "none")
     parameters = [make((cols,), parameter) if here else None for here in present]
     residual = make((case["rows"], cols), dtype) if case["residual"] else None
-    epilogue = make_epilogue(case["norm"], 1e-5, case["activation"], case["p"])
-    launcher, codes = linear_row_forward, epilogue.codes
+    epilogue = make_spec(case["norm"], 1e-5, case["activation"], case["p"])
+    launcher, codes = linear_row_forward, epilogue.row
     if case["norm"] in CHANNEL_NORMS:
         groups = GROUPS if case["norm"] == "group" else cols
-        channel = ChannelEpilogue(**vars(epilogue), groups=groups, channels_last=True)
-        launcher, codes = linear_channel_forward, channel.channel_codes
+        channel = Spec(*epilogue[:6], groups=groups, channels_last=True)
+        launcher, codes = linear_channel_forward, channel.channel
     seed = make((1,), torch.int64)
     with mock.patch.object(gemm_tuning, "precision", lambda dtype: case["precision"]):
         return launcher(x, weight, *parameters, residual, seed, case["save_z"], *codes)

@@ -13,8 +13,8 @@ from fused.spec import (
     WANT_BIAS,
     WANT_NORM_BIAS,
     WANT_NORM_WEIGHT,
-    Epilogue,
-    make_epilogue,
+    Spec,
+    make_spec,
 )
 
 from .covering import Case
@@ -57,8 +57,8 @@ def _parameters(case: Case, make: Make, cols: int) -> tuple[Tensor | None, ...]:
     return tuple(make((cols,), dtype) if here else None for here in present)
 
 
-def _epilogue(case: Case) -> Epilogue:
-    return make_epilogue(case["norm"], 1e-5, case["activation"], case["p"])
+def _epilogue(case: Case) -> Spec:
+    return make_spec(case["norm"], 1e-5, case["activation"], case["p"])
 
 
 def forward(case: Case, make: Make) -> object:
@@ -67,7 +67,7 @@ def forward(case: Case, make: Make) -> object:
     parameters = _parameters(case, make, z.shape[1])
     residual = _matrix(case, make) if case["residual"] else None
     seed = make((1,), torch.int64)
-    return row_forward(z, *parameters, residual, seed, *_epilogue(case).codes)
+    return row_forward(z, *parameters, residual, seed, *_epilogue(case).row)
 
 
 def backward(case: Case, make: Make) -> object:
@@ -76,7 +76,7 @@ def backward(case: Case, make: Make) -> object:
     parameters = _parameters(case, make, z.shape[1])
     statistics = make((2, z.shape[0]), DTYPES["fp32"])
     seed = make((1,), torch.int64)
-    codes = _epilogue(case).codes
+    codes = _epilogue(case).row
     return row_backward(dy, z, *parameters, statistics, seed, case["wanted"], *codes)
 
 

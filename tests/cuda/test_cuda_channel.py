@@ -92,7 +92,7 @@ def test_constants_of_each_sample(norm: str, channels_last: bool) -> None:
         )
         expected = torch.nn.functional.silu(h)
         gradients = torch.autograd.grad(expected, leaves, x.dy.double())
-        codes = epilogue.channel_codes
+        codes = epilogue.channel
         y = LAUNCHERS.channel_apply(x.z, mean, variance, *x.parameters, None, None, None, *codes)
         wanted = 7 if norm == "instance" else 3
         found = LAUNCHERS.channel_backward(
@@ -109,7 +109,7 @@ def test_constants_of_each_sample(norm: str, channels_last: bool) -> None:
 
 def test_a_bias_before_group_norm_is_refused() -> None:
     x = make_inputs(2, 4, 5, torch.float32, "group")
-    codes = make_epilogue("group", None, 0.0, 4, 2).channel_codes
+    codes = make_epilogue("group", None, 0.0, 4, 2).channel
     statistics = torch.zeros(2, 2), torch.ones(2, 2), None
     with pytest.raises(ValueError, match="bias in front of group norm"):
         LAUNCHERS.channel_backward(
@@ -127,7 +127,7 @@ def test_fake_kernels_foretell_shapes_and_dtypes(
     """opcheck does this for the C++ kernels; it cannot reach kernels that need a GPU."""
     x = make_inputs(3, 6, positions, dtype, norm, True, masked=masked)
     epilogue = make_epilogue(norm, "gelu", 0.1, 6, 2, True)
-    codes, rest = epilogue.channel_codes, (x.mask, x.seed)
+    codes, rest = epilogue.channel, (x.mask, x.seed)
 
     def run(given: object) -> tuple[torch.Tensor, ...]:
         mean = variance = count = None

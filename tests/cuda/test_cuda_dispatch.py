@@ -13,7 +13,7 @@ from cases import make_epilogue, make_inputs
 from emulated import LAUNCHERS
 
 import fused
-from fused import autograd, backend, cuda_library, cuda_row, launchers, ops
+from fused import backend, cuda_library, cuda_row, launchers, ops
 
 FLOAT, DOUBLE = torch.float32, torch.float64
 
@@ -71,7 +71,7 @@ def test_the_operators_implementation_calls_them(monkeypatch: pytest.MonkeyPatch
         return vars(LAUNCHERS)
 
     monkeypatch.setattr(backend, "cuda_launchers", found)
-    x, codes = make_inputs(3, 8, DOUBLE), make_epilogue("layer", "gelu", 0.1).codes
+    x, codes = make_inputs(3, 8, DOUBLE), make_epilogue("layer", "gelu", 0.1).row
     arguments = (x.z, *x.parameters, x.residual, x.seed, *codes)
     y, statistics = backend._for_cuda("row_forward")(*arguments)
     expected = LAUNCHERS.row_forward(*arguments)
@@ -88,7 +88,7 @@ def test_backward_asks_for_what_forward_asked_for() -> None:
 
     def in_thread(asked: str | None) -> None:
         def run() -> None:
-            autograd._call(asked, lambda: seen.append(backend.requested()))
+            backend.as_asked(asked, lambda: seen.append(backend.requested()))
             seen.append(backend.requested())
 
         thread = threading.Thread(target=run)
@@ -99,8 +99,6 @@ def test_backward_asks_for_what_forward_asked_for() -> None:
     in_thread("cuda")
     in_thread(None)
     assert seen == ["cuda", before, before, before]
-    with fused.use_backend("reference"):
-        assert autograd._asked(torch.empty(0)) is None  # CPU tensors have no such threads
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")

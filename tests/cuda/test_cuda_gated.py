@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from cases import DTYPES, NORMS, Inputs, make_epilogue, run_operator
@@ -23,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused import cuda_library, cuda_row, ops
 from fused.random import keep_mask
-from fused.spec import ChannelEpilogue, dropout_scale
+from fused.spec import Spec, dropout_scale
 
 pytestmark = pytest.mark.usefixtures("emulation")
 
@@ -36,7 +34,7 @@ def test_the_mask_over_half_the_columns_is_random_py_bit_for_bit(
 ) -> None:
     """reglu of ones: 1 where kept, and so are both gradients."""
     z = torch.ones(rows, 2 * half, dtype=dtype)
-    codes = replace(make_gated_epilogue(None, "reglu"), threshold=threshold).codes
+    codes = make_gated_epilogue(None, "reglu")._replace(threshold=threshold).row
     for number in (0, -1, 2**62 + 2**33 + 7):
         seed = torch.tensor([number])
         y, statistics = LAUNCHERS.row_forward(z, None, None, None, None, seed, *codes)
@@ -65,7 +63,7 @@ def test_same_bits_twice(shape: tuple[int, int], norm: str | None) -> None:
 def test_wanted_sums(norm: str | None, wanted: int) -> None:
     """Any subset, and none of the others changes by a bit."""
     inputs = make_gated_inputs(70, 33, torch.bfloat16, norm)
-    codes = make_gated_epilogue(norm, "swiglu", 0.1).codes
+    codes = make_gated_epilogue(norm, "swiglu", 0.1).row
     parameters, seed = inputs.parameters, inputs.seed
     _, statistics = LAUNCHERS.row_forward(inputs.z, *parameters, None, seed, *codes)
 
@@ -84,8 +82,8 @@ def test_statistics_are_those_without_a_gate() -> None:
     for norm in NORMS[1:]:
         x = make_gated_inputs(9, 70, torch.bfloat16, norm)
         given = (x.z, *x.parameters, None, x.seed)
-        gated = LAUNCHERS.row_forward(*given, *make_gated_epilogue(norm, "glu").codes)[1]
-        plain = LAUNCHERS.row_forward(*given, *make_epilogue(norm, "relu").codes)[1]
+        gated = LAUNCHERS.row_forward(*given, *make_gated_epilogue(norm, "glu").row)[1]
+        plain = LAUNCHERS.row_forward(*given, *make_epilogue(norm, "relu").row)[1]
         torch.testing.assert_close(gated, plain, rtol=1e-6, atol=1e-6)  # summed by another team
 
 
@@ -97,7 +95,7 @@ def test_fake_kernels_foretell_shapes_and_dtypes(
 ) -> None:
     """opcheck does this for the C++ kernels; it cannot reach kernels that need a GPU."""
     x = make_gated_inputs(rows, cols // 2, dtype, norm)
-    codes = make_gated_epilogue(norm, "swiglu", 0.1).codes
+    codes = make_gated_epilogue(norm, "swiglu", 0.1).row
     forward = (x.z, *x.parameters, x.residual, x.seed, *codes)
     real = LAUNCHERS.row_forward(*forward)
     backward = (x.dy, x.z, *x.parameters, real[1], x.seed, 7, *codes)
@@ -138,7 +136,7 @@ def test_strided_rows_offsets_and_red_zones(dtype: torch.dtype, aligned: bool) -
 @pytest.mark.parametrize("activation", GATED)
 def test_what_cannot_be_halved_is_said(activation: str) -> None:
     x = make_gated_inputs(3, 4, torch.float32)
-    codes = make_gated_epilogue("layer", activation).codes
+    codes = make_gated_epilogue("layer", activation).row
     odd, statistics = x.z[:, :7], torch.zeros(2, 3)
     sentence = f"fused: {activation} halves the columns of z, so their number must be even, got 7"
     with pytest.raises(ValueError, match=sentence):
@@ -152,7 +150,7 @@ def test_what_cannot_be_halved_is_said(activation: str) -> None:
 
 
 def test_channel_kernels_say_that_they_have_no_gates() -> None:
-    codes = ChannelEpilogue(activation="reglu", channels_last=True).channel_codes
+    codes = Spec(activation="reglu", channels_last=True).channel
     with pytest.raises(ValueError, match="reglu halves the columns, which row_forward and row_"):
         LAUNCHERS.channel_apply(torch.ones(1, 3, 4), *[None] * 7, *codes)
 

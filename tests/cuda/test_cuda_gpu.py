@@ -130,7 +130,7 @@ def test_mask_is_random_py_bit_for_bit(dtype: torch.dtype, threshold: int) -> No
         z = torch.ones(rows, cols, dtype=dtype, device="cuda")
         y, _ = ops.row_forward(z, None, None, None, None, seed, 0, 0.0, 0, 0.0, 0.0, threshold)
         assert torch.equal(y != 0, keep_mask(rows, cols, threshold, seed))
-        codes = replace(make_gated_epilogue(None, "reglu"), threshold=threshold).codes
+        codes = make_gated_epilogue(None, "reglu")._replace(threshold=threshold).row
         y, _ = ops.row_forward(z[:, 1:], None, None, None, None, seed, *codes)
         assert torch.equal(y != 0, keep_mask(rows, cols // 2, threshold, seed))
 
@@ -140,7 +140,7 @@ def test_mask_is_random_py_bit_for_bit(dtype: torch.dtype, threshold: int) -> No
 @pytest.mark.parametrize("norm", NORMS)
 def test_in_place(norm: str | None, dtype: torch.dtype, cols: int) -> None:
     """A race between a row's reading and its writing would show here and nowhere else."""
-    x, codes = on_gpu(make_inputs(2000, cols, dtype, norm)), make_epilogue(norm, "gelu", 0.1).codes
+    x, codes = on_gpu(make_inputs(2000, cols, dtype, norm)), make_epilogue(norm, "gelu", 0.1).row
     y, _ = ops.row_forward(x.z, *x.parameters, x.residual, x.seed, *codes)
     ops.row_forward_(x.z, *x.parameters, x.residual, x.seed, *codes)
     assert torch.equal(x.z, y)

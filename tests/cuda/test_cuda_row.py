@@ -74,7 +74,7 @@ def test_same_bits_twice(shape: tuple[int, int], norm: str | None) -> None:
 def test_wanted_sums(norm: str | None, wanted: int) -> None:
     """Any subset, and none of the others changes by a bit."""
     inputs = make_inputs(70, 65, torch.bfloat16, norm)
-    codes = make_epilogue(norm, "silu", 0.1).codes
+    codes = make_epilogue(norm, "silu", 0.1).row
     parameters, seed = inputs.parameters, inputs.seed
     _, statistics = LAUNCHERS.row_forward(inputs.z, *parameters, None, seed, *codes)
 
@@ -101,7 +101,7 @@ def test_fake_kernels_foretell_shapes_and_dtypes(
     x = make_inputs(rows, cols, dtype, norm)
     if norm is not None:
         x = replace(x, norm_weight=x.norm_weight.float(), norm_bias=x.norm_bias.float())
-    codes = make_epilogue(norm, "gelu", 0.1).codes
+    codes = make_epilogue(norm, "gelu", 0.1).row
     forward = (x.z, *x.parameters, x.residual, x.seed, *codes)
     real = LAUNCHERS.row_forward(*forward)
     backward = (x.dy, x.z, *x.parameters, real[1], x.seed, wanted, *codes)

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from oracle import complaint
 from torch import Tensor
 
-from fused import channel, dispatch, gemm, ops, reference
+from fused import gemm, ops, prepare, reference
 from fused.running import ChannelNorm
-from fused.spec import ACTIVATIONS, CHANNEL_NORMS, ChannelEpilogue, Epilogue, dropout_threshold
+from fused.spec import ACTIVATIONS, CHANNEL_NORMS, Spec, dropout_threshold
 
 # The tensors of a chain that have gradients.
 LEAVES = ("x", "weight", "bias", "norm_weight", "norm_bias", "residual")
@@ -46,22 +46,22 @@ class Case:
         return f"{self.norm}-{self.activation}-{dtype}-{self.rows}x{self.inner}x{self.cols}"
 
     @property
-    def epilogue(self) -> Epilogue:
+    def epilogue(self) -> Spec:
         parameters = ()
         if self.activation is not None:
             parameters = tuple(value for _, value in ACTIVATIONS[self.activation].parameters)
         alpha, beta = (*parameters, 0.0, 0.0)[:2]
         eps = 1e-5 if self.norm else 0.0
-        return Epilogue(self.norm, eps, self.activation, alpha, beta, dropout_threshold(self.p))
+        return Spec(self.norm, eps, self.activation, alpha, beta, dropout_threshold(self.p))
 
     @property
     def is_channel(self) -> bool:
         return self.norm in CHANNEL_NORMS
 
     @property
-    def channel_epilogue(self) -> ChannelEpilogue:
+    def channel_epilogue(self) -> Spec:
         groups = self.groups if self.norm == "group" else self.cols
-        return ChannelEpilogue(**vars(self.epilogue), groups=groups, channels_last=True)
+        return Spec(*self.epilogue[:6], groups=groups, channels_last=True)
 
     @property
     def view(self) -> tuple[int, int, int]:
@@ -118,7 +118,7 @@ def forward_arguments(case: Case, x: Inputs, save_z: bool = True) -> tuple[objec
     """The arguments of linear_row_forward or linear_channel_forward, in the order of the schema."""
     seed = x.seed if case.epilogue.threshold else None
     parameters = (x.bias, x.norm_weight, x.norm_bias)
-    codes = case.channel_epilogue.channel_codes if case.is_channel else case.epilogue.codes
+    codes = case.channel_epilogue.channel if case.is_channel else case.epilogue.row
     return (x.x, x.weight, *parameters, x.residual, seed, save_z, *codes)
 
 
@@ -126,16 +126,11 @@ def run(case: Case, x: Inputs) -> dict[str, Tensor]:
     """y and the gradient of every input by the kernels, by name."""
     leaves = {n: t.detach().requires_grad_() for n in LEAVES if (t := getattr(x, n)) is not None}
     name = "linear_channel_forward" if case.is_channel else "linear_row_forward"
-    codes = case.epilogue.codes
     with fused_gemm(), mock.patch.object(ops, name, wraps=getattr(ops, name)) as called:
-        if case.is_channel:
-            given, weight, bias, norm_weight, norm_bias, residual = map(leaves.get, LEAVES)
-            norm = ChannelNorm(case.norm, case.groups, norm_weight, norm_bias)
-            y = channel.run_linear_channel(
-                *(given, weight, bias, -1, norm, codes), residual=residual, seed=x.seed
-            )
-        else:
-            y = dispatch.run_linear_row(*map(leaves.get, LEAVES), x.seed, codes)
+        *given, residual = map(leaves.get, LEAVES)
+        norm = ChannelNorm(case.norm, case.groups, *given[3:]) if case.is_channel else None
+        given = given[:3] if case.is_channel else given
+        y = prepare.run(case.epilogue, *given, residual=residual, seed=x.seed, norm=norm)
     called.assert_called_once()
     gradients = torch.autograd.grad(y, list(leaves.values()), x.dy)
     return {"y": y.detach()} | dict(zip(leaves, gradients, strict=True))

@@ -27,7 +27,7 @@ from fused.spec import (
     WANT_BIAS,
     WANT_NORM_BIAS,
     WANT_NORM_WEIGHT,
-    Epilogue,
+    Spec,
     activation_parameters,
     dropout_threshold,
 )
@@ -63,11 +63,11 @@ class Case:
         return f"{self.norm}-{self.activation}-{dtype}-{self.rows}x{self.cols}"
 
     @property
-    def epilogue(self) -> Epilogue:
+    def epilogue(self) -> Spec:
         alpha, beta = activation_parameters(self.activation, {})
         eps = 1e-5 if self.norm else 0.0
         threshold = dropout_threshold(self.p)
-        return Epilogue(self.norm, eps, self.activation, alpha, beta, threshold)
+        return Spec(self.norm, eps, self.activation, alpha, beta, threshold)
 
     @property
     def result_cols(self) -> int:
@@ -114,14 +114,14 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
 def forward_arguments(case: Case, x: Inputs) -> tuple[Any, ...]:
     """The arguments of row_forward and row_forward_, in the order of the schema."""
     seed = x.seed if case.epilogue.threshold else None
-    return (x.z, x.bias, x.norm_weight, x.norm_bias, x.residual, seed, *case.epilogue.codes)
+    return (x.z, x.bias, x.norm_weight, x.norm_bias, x.residual, seed, *case.epilogue.row)
 
 
 def backward_arguments(case: Case, x: Inputs, statistics: Tensor) -> tuple[Any, ...]:
     """The arguments of row_backward, in the order of the schema."""
     seed = x.seed if case.epilogue.threshold else None
     parameters = (x.bias, x.norm_weight, x.norm_bias)
-    return (x.dy, x.z, *parameters, statistics, seed, case.wanted, *case.epilogue.codes)
+    return (x.dy, x.z, *parameters, statistics, seed, case.wanted, *case.epilogue.row)
 
 
 def wanted_names(case: Case, x: Inputs) -> list[str]:

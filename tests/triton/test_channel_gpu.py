@@ -120,8 +120,8 @@ def test_in_place(last: bool, shape: tuple[int, int, int, int]) -> None:
         samples, channels, positions, torch.bfloat16, "batch", last, constant=True, device="cuda"
     )
     constants = (x.mean, x.variance, *x.parameters, x.residual, None, x.seed)
-    y = ops.channel_apply(x.z, *constants, *epilogue.channel_codes)
-    ops.channel_apply_(x.z, *constants, *epilogue.channel_codes)
+    y = ops.channel_apply(x.z, *constants, *epilogue.channel)
+    ops.channel_apply_(x.z, *constants, *epilogue.channel)
     assert torch.equal(x.z, y)
 
 
@@ -134,7 +134,7 @@ def test_more_than_2_to_the_31_elements(norm: str, last: bool) -> None:
     epilogue = make_epilogue(norm, "relu", 0.0, channels, 8, last)
     shape = (samples, positions, channels) if last else (samples, channels, positions)
     z = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
-    codes = epilogue.channel_codes
+    codes = epilogue.channel
     found = ops.channel_forward(z, None, None, None, None, None, *codes)
     statistics = (*found[1:3], None)
     dz, *_ = ops.channel_backward(z, z, *statistics, None, None, None, None, 0, False, *codes)

@@ -82,7 +82,7 @@ def test_the_epilogue_is_that_of_the_row_kernel(
     x = make_inputs(case, "cuda")
     y, z, statistics = ops.linear_row_forward(*forward_arguments(case, x))
     _, _, _, *parameters, residual, seed, _ = forward_arguments(case, x)[:8]
-    expected = ops.row_forward(z, None, *parameters, residual, seed, *case.epilogue.codes)
+    expected = ops.row_forward(z, None, *parameters, residual, seed, *case.epilogue.row)
     assert torch.equal(y == 0, expected[0] == 0)
     torch.testing.assert_close(y, expected[0])
     torch.testing.assert_close(statistics, expected[1])
@@ -153,7 +153,7 @@ def test_the_epilogue_of_groups_is_that_of_the_channel_kernels(
     x = make_inputs(case, "cuda")
     z = ops.linear_channel_forward(*forward_arguments(case, x))[1]
     y, _, mean, variance = ops.linear_channel_forward(*forward_arguments(case, x, save_z))
-    codes = case.channel_epilogue.channel_codes
+    codes = case.channel_epilogue.channel
     given = (z.view(case.view), x.norm_weight, x.norm_bias, None, None, x.seed, *codes)
     expected = ops.channel_forward(*given)
     torch.testing.assert_close(mean, expected[1])

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench.audit.interpreter import Launch, launches
 from fused import ops
 from fused.random import keep_mask
-from fused.spec import ACTIVATIONS, NORM_CODES, ChannelEpilogue
+from fused.spec import ACTIVATIONS, NORM_CODES, Spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NORMS = ("batch", "group", "instance", None)
@@ -62,7 +62,7 @@ class Case:
         return f"{self.norm}-{layout}-{self.activation}-{dtype}-{shape}"
 
     @property
-    def epilogue(self) -> ChannelEpilogue:
+    def epilogue(self) -> Spec:
         channels = self.shape[1]
         rest = (self.groups, self.last, self.channel_dropout)
         return make_epilogue(self.norm, self.activation, self.p, channels, *rest)
@@ -215,7 +215,7 @@ def test_adversarial_values(norm: str, last: bool, kind: str, small_tiles: str) 
 def test_statistics(norm: str, last: bool, small_tiles: str) -> None:
     """Of a mean 10⁴ times the deviation, to float32's last places; and those of the forward."""
     case = Case(norm, last, (2, 4, 50), activation=None, p=0.0, masked=last)
-    x, codes = case.inputs, case.epilogue.channel_codes
+    x, codes = case.inputs, case.epilogue.channel
     x.z += 1e4
     found = LAUNCHERS.channel_statistics(x.z, x.mask, *codes[:3])
     _, *again = LAUNCHERS.channel_forward(x.z, None, None, None, x.mask, None, *codes)
@@ -239,7 +239,7 @@ def test_parts_of_batch_norm(last: bool) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 def test_in_place(norm: str | None, last: bool) -> None:
     case = Case(norm, last, (2, 6, 35), torch.bfloat16, constant=True)
-    x, codes = case.inputs, case.epilogue.channel_codes
+    x, codes = case.inputs, case.epilogue.channel
     rest = (x.mean, x.variance, *x.parameters, x.residual, None, x.seed, *codes)
     y = LAUNCHERS.channel_apply(x.z, *rest)
     assert LAUNCHERS.channel_apply_(x.z, *rest) is None
@@ -252,7 +252,7 @@ def test_in_place(norm: str | None, last: bool) -> None:
 def test_wanted_sums(norm: str | None, constant: bool, wanted: int) -> None:
     """Any subset, and none of the others changes by a bit."""
     case = Case(norm, True, (2, 6, 9), torch.bfloat16, constant=constant)
-    x, codes = case.inputs, case.epilogue.channel_codes
+    x, codes = case.inputs, case.epilogue.channel
     x.norm_weight = None if norm is None else x.norm_weight.float()
     mean, variance = x.mean, x.variance
     if norm and not constant:
@@ -284,7 +284,7 @@ def test_fake_kernels_foretell_shapes_and_dtypes(
 ) -> None:
     """opcheck does this for the C++ kernels; it cannot reach kernels that need a GPU."""
     case = Case(norm, last, shape, torch.bfloat16, masked=last)
-    x, codes = case.inputs, case.epilogue.channel_codes
+    x, codes = case.inputs, case.epilogue.channel
     parameters, seed = (x.norm_weight.float(), x.norm_bias), seed_of(x, case.epilogue)
     forward = (x.z, *parameters, x.residual, x.mask, seed, *codes)
     real = LAUNCHERS.channel_forward(*forward)
@@ -346,4 +346,4 @@ def test_same_bits_twice(norm: str, last: bool) -> None:
     case = Case(norm, last, (3, 16, 35), torch.bfloat16)
     first, second = (channel_cases.run_operator(case.inputs, case.epilogue) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert NORM_CODES[norm] == case.epilogue.channel_codes[0]
+    assert NORM_CODES[norm] == case.epilogue.channel[0]

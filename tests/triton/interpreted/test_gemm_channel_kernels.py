@@ -75,7 +75,7 @@ def test_statistics_are_those_of_the_stored_z(rows: int, kind: str) -> None:
     torch.testing.assert_close(variance[0].double(), exact.var(0, correction=0), rtol=1e-5, atol=0)
     if kind == "constant":
         assert (variance == 0).all()
-    codes = case.channel_epilogue.channel_codes
+    codes = case.channel_epilogue.channel
     parameters = (x.norm_weight, x.norm_bias, None, None, None)
     given = (z.view(case.view), mean, variance, *parameters)
     assert torch.equal(y.view(case.view), launchers.TRITON["channel_apply"](*given, *codes))
@@ -171,7 +171,7 @@ def test_the_epilogue_of_groups_is_that_of_the_channel_kernels(
     z = linear_channel_forward(*forward_arguments(case, x))[1]
     with launches() as log:
         y, _, mean, variance = linear_channel_forward(*forward_arguments(case, x, save_z))
-    codes = case.channel_epilogue.channel_codes
+    codes = case.channel_epilogue.channel
     given = (z.view(case.view), x.norm_weight, x.norm_bias, None, None, x.seed, *codes)
     expected = ops.channel_forward(*given)
     torch.testing.assert_close(mean, expected[1])

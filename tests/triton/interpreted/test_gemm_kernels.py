@@ -94,9 +94,7 @@ def epilogue_of(case: Case, x: object, z: torch.Tensor) -> tuple[torch.Tensor, t
         seed,
         _,
     ) = forward_arguments(case, x)[:8]
-    return launchers.TRITON["row_forward"](
-        z, None, *parameters, residual, seed, *case.epilogue.codes
-    )
+    return launchers.TRITON["row_forward"](z, None, *parameters, residual, seed, *case.epilogue.row)
 
 
 @pytest.mark.parametrize("cols", [8, 64, 200, 256])
