@@ -1,4 +1,4 @@
-"""Rows of a suite as markdown: a summary for the README, and every cell.
+"""Rows of a suite as markdown: a summary, and every cell.
 
 Ratios are a provider's time over fused's: above 1 fused is faster. Cells in which fused is slower
 than a baseline are marked ▼. Shares are a machine limit's time over fused's.
@@ -25,6 +25,28 @@ LISTED = 12  # losing cells that a summary names one by one
 def select(rows: Iterable[Row], **wanted: object) -> list[Row]:
     """The rows that have these values in these columns."""
     return [r for r in rows if all(getattr(r, name) == value for name, value in wanted.items())]
+
+
+def group_by(rows: Iterable[Row], *names: str) -> list[list[Row]]:
+    """The rows that agree in these columns, those with the latest date first."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for r in rows:
+        groups.setdefault(tuple(getattr(r, name) for name in names), []).append(r)
+    return sorted(groups.values(), key=lambda group: max(r.date for r in group), reverse=True)
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """Machine, versions, commits and dates of rows from one machine."""
+
+    def all_of(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(getattr(r, name)) for r in rows if getattr(r, name)))
+
+    threads = " or ".join(map(str, sorted({r.threads for r in rows})))
+    threads += " thread" if threads == "1" else " threads"
+    where = ", ".join(filter(None, (rows[0].machine, rows[0].clocks, threads, rows[0].isa)))
+    days = sorted({r.date[:10] for r in rows})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return f"{where}; torch {all_of('torch')}; commit {all_of('commit')}; {when}"
 
 
 def has_ratio(r: Row) -> bool:
@@ -91,7 +113,7 @@ def losing_text(rows: Sequence[Row]) -> str:
         return f"Fused is slower in none of {len(compared)} comparisons."
     text = f"Fused is slower ({LOSING}) in {len(lost)} of {len(compared)} comparisons"
     if len(lost) > LISTED:
-        return f"{text}; [every cell](docs/benchmarks.md) is listed with its mark."
+        return f"{text}; each has its mark in the list of every cell."
     named = [f"{name_of(r)} against {r.provider} ({float(r.over_fused):.2f})" for r in lost]
     return f"{text}: {'; '.join(named)}."
 

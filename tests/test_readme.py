@@ -1,4 +1,4 @@
-"""The README's examples run, its commands exist, and its links lead somewhere."""
+"""The README's examples run and its commands exist; what the pages list is complete."""
 
 from __future__ import annotations
 
@@ -14,8 +14,24 @@ from fused.spec import ACTIVATIONS, GATED_ACTIVATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-# Without what the bench report writes.
-WRITTEN = re.sub(r"<!-- bench:(\w+) -->.*?<!-- /bench:\1 -->", "", README, flags=re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKS = [
+    (page, link)
+    for page in PAGES
+    for link in sorted(set(re.findall(r"\]\(([^):]+)\)", page.read_text())))
+]
+
+
+def table_of(page: str, first: str) -> list[list[str]]:
+    """The lines of the table whose first column has this heading, as cells."""
+    text = (ROOT / "docs" / page).read_text()
+    body = re.search(rf"^\| {first} \|.*\n\|[-| ]+\n((?:\|.*\n)+)", text, re.M)
+    assert body is not None, first
+    return [line.strip("|\n").split("|") for line in body[1].splitlines()]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
 
 
 def test_the_examples_run() -> None:
@@ -40,16 +56,43 @@ def test_its_make_targets_exist() -> None:
 
 
 def test_every_activation_is_named() -> None:
-    (line,) = [line for line in README.splitlines() if line.startswith("| activation |")]
+    lines = (ROOT / "docs" / "what-is-fused.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("| activation |")]
     names = line.split("|")[2].replace(" ", "").split(",")
     assert names == [*ACTIVATIONS, "none"]
-    (line,) = [line for line in README.splitlines() if line.startswith("| gated activation |")]
+    (line,) = [line for line in lines if line.startswith("| gated activation |")]
     assert line.split("|")[2].partition("(")[0].replace(" ", "").split(",") == [*GATED_ACTIVATIONS]
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^):]+)\)", README))))
-def test_links_lead_somewhere(target: str) -> None:
-    assert (ROOT / target).exists()
+def test_every_variable_is_in_the_table() -> None:
+    rows = table_of("configuration.md", "variable")
+    assert all(len(row) == 5 and all(cell.strip() for cell in row) for row in rows)
+    listed = set(re.findall(r"`(\w+)`", "\n".join(row[0] for row in rows)))
+    # In Python each FUSED_ name is a variable, but for macros that the build passes on by -D.
+    python = [ROOT / "setup.py", *(ROOT / "fused").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    python += [*(ROOT / "bench").rglob("*.py")]
+    named = {n for p in python for n in re.findall(r"(?<!-D)\bFUSED_[A-Z_]+", p.read_text())}
+    named |= set(re.findall(r'environ(?:\.get\(|\[)"(\w+)"', (ROOT / "setup.py").read_text()))
+    for path in (ROOT / "csrc").rglob("*.*"):
+        named |= set(re.findall(r'getenv\("(\w+)"', path.read_text()))
+    assert len(named) > 10
+    assert named <= listed
+    assert {name for name in listed if name.startswith("FUSED_")} <= named
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    linked = {link for page, link in LINKS if page.name == "README.md"}
+    assert {f"docs/{page.name}" for page in PAGES[2:]} <= linked
+
+
+@pytest.mark.parametrize("page, link", LINKS, ids=lambda given: getattr(given, "name", given))
+def test_links_lead_somewhere(page: Path, link: str) -> None:
+    name, _, heading = link.partition("#")
+    target = page.parent / name if name else page
+    assert target.exists()
+    if heading:
+        headings = re.findall(r"^#+ (.*)", target.read_text(), re.M)
+        assert heading in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
 
 
 def test_the_pages_on_deployment_name_tests_that_exist() -> None:
