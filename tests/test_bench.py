@@ -19,9 +19,6 @@ from torch import nn
 
 import fused
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
 pytestmark = pytest.mark.usefixtures("bench_harness")
 
 
