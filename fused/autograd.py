@@ -40,9 +40,9 @@ _WANTED = {
 class RowFunction(torch.autograd.Function):
     """y = residual + dropout(activation(norm(z))) over (rows, cols).
 
-    z = x · weightᵀ + bias as one operator with the rest; or, without weight, z = x. It contains the
-    linear bias then, of which it does not carry the gradient: `bias` is passed for that alone,
-    because backward has its sum over the rows at hand. A weight must need a gradient.
+    With a weight, z = x · weightᵀ + bias is one operator with the rest; the weight must need a
+    gradient. Without a weight, z = x already contains the bias: `bias` is passed so that backward,
+    which has the sum over the rows, can return its gradient.
     """
 
     @staticmethod
@@ -66,8 +66,8 @@ class RowFunction(torch.autograd.Function):
             y, z, statistics = ops.linear_row_forward(x, weight, bias, *rest, True, *scalars)
             linear = x, (weight if ctx.needs_input_grad[0] else None)
         ctx.save_for_backward(z, norm_weight, norm_bias, statistics, seed, *linear)
-        # Not saved: their values are not needed, so they may change; double backward needs their
-        # places.
+        # These are not saved: their values are not needed, so they may change. Double backward
+        # needs the tensors themselves.
         ctx.weight, ctx.bias, ctx.spec, ctx.scalars = weight, bias, spec, scalars
         ctx.asked = asked() if x.is_cuda else None
         return y
@@ -217,7 +217,7 @@ class ChannelFunction(torch.autograd.Function):
         else:
             if count is not None and not count.numel():
                 count = None
-            # A group's statistics hold the bias of its other channels.
+            # A group's statistics also contain the bias of its other channels.
             later = needs[2] and spec.norm == "group"
             wanted = _WANTED[(needs[2] and not later, *needs[3:5])]
             given = (mean, variance, count, *parameters, wanted, ctx.constant)

@@ -174,8 +174,8 @@ def cuda_launchers(dtype: torch.dtype, index: int) -> Launchers:
 
 
 def _find_launchers(name: str, index: int, dtype: torch.dtype) -> Launchers:
-    # Whoever calls an operator has chosen it: backward of what forward did under another request
-    # does, and then "reference" is no answer.
+    # Whoever calls an operator has chosen it already. Backward may run under another request than
+    # forward did, so "reference" is no answer here.
     for asked in (name, "auto"):
         for backend, why in _reasons(asked, "cuda", index, dtype).items():
             if not why and backend in ("triton", "cuda"):
@@ -260,13 +260,13 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def asked() -> str | None:
-    """The backend asked for, where backward must be told: it has threads of its own for GPUs."""
+    """The backend that is asked for here; backward, in threads of its own, must be told."""
     # The compiler cannot read a request.
     return None if torch.compiler.is_dynamo_compiling() else request.get()
 
 
 def as_asked(name: str | None, operator: Callable[..., Any], *args: Any) -> Any:
-    """Calls an operator in backward as if what was asked for in forward were asked for here."""
+    """Calls an operator in backward under the request that forward had."""
     if name is None or name == request.get():
         return operator(*args)
     before = request.set(name)

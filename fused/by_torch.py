@@ -2,9 +2,9 @@
 
 An autograd node written in Python costs more than torch's whole chain does there (8 × 64 float32,
 LayerNorm → ReLU, forward and backward: 53 µs against 44 µs by `python -m bench.costs`; AMD EPYC
-9004, November 2026). The operators are called one after another, without their modules. That is for
-chains without dropout and for the activations that torch computes fast, up to these numbers of
-elements; others are faster by the kernel at any size.
+9004, November 2026). The operators are called one after another, without their modules. They
+serve chains without dropout and activations that torch computes fast, up to the numbers of elements
+below; the kernel is faster for all others.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ _INFERENCE_LIMIT = 1 << 12
 def serves_row(spec: Spec, elements: int, x: Tensor, gradient: bool, linear: bool) -> bool:
     """Whether `row` serves a chain without dropout whose norm's input has so many elements.
 
-    torch's RMSNorm is several operators. Whoever asks for a backend by its name gets it. Not to be
-    asked while compiling: the sizes would become guards, and the compiler cannot read the request.
+    torch's RMSNorm is several operators. A backend that is asked for by its name is used. Must not
+    be called while compiling: the sizes would become guards, and the compiler cannot read the
+    request.
     """
     if spec.norm == "rms":
         return False
@@ -65,10 +66,8 @@ def row(
 def serves_channel(
     spec: Spec, elements: int, x: Tensor, channel_dim: int, norm: ChannelNorm
 ) -> bool:
-    """Whether `normalize` serves an output of so many elements, gradient or not, and `row` or
-    `activate` what follows it.
-
-    It sees to the running statistics too, by a momentum that is a number.
+    """Whether `normalize`, and then `row` or `activate`, runs an output of so many elements, with
+    or without gradient. torch updates the running statistics; the momentum must be a number.
     """
     if (
         elements > LIMITS[spec.activation]

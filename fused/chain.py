@@ -47,7 +47,7 @@ def _no_tensor() -> None:
 
 
 class Passed(NamedTuple):
-    """What an input that passed the guard looked like, and what it met.
+    """What the last input that passed the guard looked like, and the children's state then.
 
     Attributes:
         shape: as `Chain.shape_key` gives it.
@@ -88,7 +88,7 @@ class Chain(Stages):
     along_rows = True
 
     def _remember(self, x: Tensor) -> None:
-        """Notes an input that passed, so that its like needs only the short guard.
+        """Stores what an input looked like, so that its like needs only the short guard.
 
         Parameters and buffers are held weakly: those of a functional call must not outlive it.
         """
@@ -112,7 +112,7 @@ class Chain(Stages):
         self.passed = Passed(x.dtype, x.device, shape, requested(), watched, values, *scalars)
 
     def _readers(self) -> list[tuple[Callable[[Any], Any], nn.Module]]:
-        """What reads that which may change about a child, and the child."""
+        """Of each child that may change, a function that reads what may change, and the child."""
         readers: list[tuple[Callable[[Any], Any], nn.Module]] = []
         if self.attributes is not None and self.activation is not None:
             readers.append((self.attributes, self.activation))
@@ -121,7 +121,7 @@ class Chain(Stages):
         return readers
 
     def shape_key(self, x: Tensor) -> Any:
-        """What must be the same of two inputs' shapes; None where only the full guard can tell."""
+        """What the short guard compares of shapes; None where only the full guard can tell."""
         shape = x.shape
         if not shape or (self.alone is not None and not x.is_contiguous()):
             return None

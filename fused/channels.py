@@ -65,8 +65,8 @@ def channel(
     if weight is not None and not _is_one_operator(
         spec, x, channel_dim, norm, weight, bias, residual, mask, plain
     ):
-        # The gradient of the bias comes with the others, unless the sum over processes, the parts
-        # of a batch or the other channels of a group are in it.
+        # The gradient of the bias comes with the others, unless it depends on other processes, on
+        # other parts of the batch or on other channels of a group.
         if (
             not plain
             and needs_gradient(bias)

@@ -54,7 +54,7 @@ def serves(x: Tensor, weight: Tensor, norm: str | None, groups: int = 1) -> bool
 
 
 def has_kernel(x: Tensor, weight: Tensor, norm: str | None, groups: int = 1) -> bool:
-    """Whether there is a kernel for such a Linear, the faster way or not."""
+    """Whether a kernel exists for this Linear, faster or not."""
     if not _is_readable(x, weight):
         return False
     kind, device = Kind(norm, x.dtype, _precision(x.dtype)), _device(x.get_device())

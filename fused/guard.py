@@ -130,18 +130,6 @@ def module_reason(child: nn.Module, expected: Any) -> str:
     return ""
 
 
-def touched(own: dict[str, Any], kind: Any, forward: Any) -> bool:
-    """`module_reason` in short, for a child whose class is known; `own` is its __dict__."""
-    return bool(
-        kind.forward is not forward
-        or own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
-
-
 def global_hooks() -> bool:
     """Whether hooks that apply to every module are set."""
     return bool(
@@ -219,14 +207,6 @@ def norm_reason(norm: nn.LayerNorm | nn.RMSNorm, device: torch.device, dtype: to
         return ""
     own = " and ".join(sorted(_short(d) for d in dtypes))
     return f"it has {own}, its input {_short(dtype)}"
-
-
-def norm_shapes(norm: Any) -> tuple[Any, ...]:
-    """What `norm_reason` and the kernels depend on and what another tensor at the same address, as
-    in `norm.weight.data = ...`, may have otherwise.
-    """
-    own = [None if t is None else (t.shape, t.stride()) for t in norm._parameters.values()]
-    return getattr(norm, "normalized_shape", None), own
 
 
 def tensor_reason(x: Any) -> str:

@@ -75,7 +75,7 @@ def run(
         count_batch(norm)
     if added is not None:
         y = added + y
-    # Padding comes out as zero; the channels' kernels have seen to it.
+    # Padding must come out as zero; the channels' kernels have done that already.
     if mask is not None and (added is not None or norm is None or spec.gated):
         y = torch.where(mask.unsqueeze(-1), y, 0)
     return y

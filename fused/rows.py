@@ -30,7 +30,7 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def apart(residual: Tensor | None, x: Tensor) -> Tensor | None:
-    """The residual; a view of it where it is x, for the compiler takes no tensor twice."""
+    """The residual; a view where it is x itself, for the compiler refuses one tensor twice."""
     return x.view_as(x) if residual is x else residual
 
 

@@ -149,7 +149,7 @@ def self_test(
     }
     if norm == "group":
         options["num_groups"] = GROUPS
-    # By its name: otherwise torch's own operators would serve inputs as small as these (small.py).
+    # By its name: otherwise torch's own operators would serve such small inputs (by_torch.py).
     with use_backend(choose(device, dtype)):
         got = _outcome(partial(call, seed=SEED, **options), inputs, mode)
     spec = make_spec(norm, eps, activation, P if training else 0.0)
