@@ -1,8 +1,8 @@
 // What the row kernels share: one thread's part of a row, and what is known of its columns.
 #pragma once
 
-#include "epilogue.cuh"
-#include "row.h"
+#include "output.cuh"
+#include "problems.h"
 #include "team.cuh"
 
 namespace fused::cuda {
@@ -16,19 +16,34 @@ __device__ inline void for_each_pack(int64_t cols, const F& body) {
   }
 }
 
-// Columns of a parameter from i on; `absent` where there is none.
+// Columns of a parameter from i on; `absent` where there is none. wide: it has the compute type,
+// and z another.
 template <class T, int N>
 __device__ inline void load_columns(const void* data, bool wide, Compute<T> absent, int64_t i,
                                     bool whole, int count, Compute<T> (&out)[N]) {
   if (!data) {
 #pragma unroll
     for (int k = 0; k < N; ++k) out[k] = absent;
-  } else if (wide) {
+  } else if (wide && sizeof(T) != sizeof(Compute<T>)) {
     load_pack(static_cast<const Compute<T>*>(data) + i, whole, count, out);
   } else {
     load_pack(static_cast<const T*>(data) + i, whole, count, out);
   }
 }
+
+// Columns from i on of a row.
+struct RowPlace {
+  int64_t row, i;
+  bool whole;
+  int columns;
+
+  __device__ int64_t offset() const { return i; }
+  __device__ int count() const { return columns; }
+  template <class C, int N>
+  __device__ void drop(const Dropout<C>& dropout, C (&values)[N]) const {
+    dropout.apply(row, i, values);
+  }
+};
 
 // The parameters of a pack of columns. −0 leaves every number as it is, also −0.
 template <class T, int N = kPack<T>>
@@ -37,12 +52,14 @@ struct RowParameters {
   C weight[N], shift[N], bias[N];
 
   __device__ void load_bias(const RowProblem& p, int64_t i, bool whole, int count) {
-    load_columns<T>(p.bias, p.wide & kWantBias, C(-0.0), i, whole, count, bias);
+    load_columns<T>(p.bias, p.bias_storage != p.z_storage, C(-0.0), i, whole, count, bias);
   }
   __device__ void load(const RowProblem& p, int64_t i, bool whole, int count) {
     load_bias(p, i, whole, count);
-    load_columns<T>(p.norm_weight, p.wide & kWantNormWeight, C(1), i, whole, count, weight);
-    load_columns<T>(p.norm_bias, p.wide & kWantNormBias, C(-0.0), i, whole, count, shift);
+    load_columns<T>(p.norm_weight, p.norm_weight_storage != p.z_storage, C(1), i, whole, count,
+                    weight);
+    load_columns<T>(p.norm_bias, p.norm_bias_storage != p.z_storage, C(-0.0), i, whole, count,
+                    shift);
   }
 };
 
