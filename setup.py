@@ -62,7 +62,7 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 SOURCES: dict[str, list[str]] = {
     "csrc/cpu/row_portable.cpp": [],
     "csrc/cpu/channel_portable.cpp": [],
-    "csrc/cpu/gated_portable.cpp": [],
+    "csrc/cpu/stages_portable.cpp": [],
     "csrc/channel.cpp": [],
     "csrc/row.cpp": [],
     "csrc/channel_backward.cpp": [],
@@ -78,7 +78,7 @@ SOURCES: dict[str, list[str]] = {
 if IS_X86:
     SOURCES = {
         f"csrc/cpu/{family}_{isa}.cpp": flags
-        for family in ("row", "channel", "gated")
+        for family in ("channel", "row", "stages")
         for isa, flags in (("avx512", AVX512_FLAGS), ("avx2", AVX2_FLAGS))
     } | SOURCES
 

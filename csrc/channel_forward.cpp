@@ -6,7 +6,7 @@ namespace fused {
 namespace {
 
 ChannelKernel forward_kernel(const ChannelProblem& p) {
-  return p.kernels->forward[static_cast<int>(p.storage)][static_cast<int>(p.by)][p.through];
+  return p.kernels->forward[static_cast<int>(p.storage)][static_cast<int>(p.by)][p.through()];
 }
 
 }  // namespace

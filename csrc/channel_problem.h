@@ -45,11 +45,6 @@ enum Slot : int {
   kTotalsSlot = 14,  // what the parameters' gradients are made of
 };
 
-// Counters of dropout that so many elements of a row take.
-inline int64_t counters_of(int64_t cols) {
-  return (cols + kElementsPerCounter - 1) / kElementsPerCounter;
-}
-
 inline double* double_buffer(Slot slot, int64_t count) {
   return static_cast<double*>(thread_buffer(slot, sizeof(double) * static_cast<size_t>(count)));
 }
@@ -100,8 +95,7 @@ struct ChannelProblem {
   uint32_t channel_threshold = 0;
 
   const ChannelKernels* kernels;
-  ChannelStages stages;
-  int through;  // as Through
+  Stages stages;
 
   By by;
   int64_t rows, cols;    // rows of a sample; elements of a row
@@ -117,6 +111,7 @@ struct ChannelProblem {
   const bool* mask = nullptr;  // of an empty tensor null, too
   bool has_mask = false;
 
+  int through() const { return static_cast<int>(stages.through); }
   int64_t all_rows() const { return samples * rows; }
   int64_t element_size() const;
   int64_t elements() const { return samples * rows * cols; }

@@ -7,7 +7,7 @@ namespace fused {
 namespace {
 
 ChannelKernel sums_kernel(const ChannelProblem& p) {
-  return p.kernels->sums[static_cast<int>(p.storage)][static_cast<int>(p.by)][p.through];
+  return p.kernels->sums[static_cast<int>(p.storage)][static_cast<int>(p.by)][p.through()];
 }
 
 // As a function: GCC 12 takes the way to float and back for nothing where it makes a vector of two.

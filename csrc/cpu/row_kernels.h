@@ -6,14 +6,19 @@
 
 namespace fused::FUSED_TARGET {
 
+template <class T, Through kThrough>
+inline void fill_through(RowKernels& kernels, Storage storage_, Through slot) {
+  const int storage = static_cast<int>(storage_), through = static_cast<int>(slot);
+  kernels.forward[storage][through] = RowForwardKernel<T, kThrough>::run;
+  kernels.backward[storage][through] = RowBackwardKernel<T, kThrough>::run;
+}
+
 template <class T>
 inline void fill_storage(RowKernels& kernels, Storage storage) {
-  int code = 0;
-#define FUSED_FILL(Activation)                                                             \
-  kernels.forward[static_cast<int>(storage)][code] = RowForwardKernel<T, Activation>::run; \
-  kernels.backward[static_cast<int>(storage)][code++] = RowBackwardKernel<T, Activation>::run;
-  FUSED_FOR_EACH_ACTIVATION(FUSED_FILL)
-#undef FUSED_FILL
+  using enum Through;
+  fill_through<T, kCheapest<T>>(kernels, storage, comparison);
+  fill_through<T, stage>(kernels, storage, stage);
+  fill_through<T, gate>(kernels, storage, gate);
 }
 
 inline RowKernels make_row_kernels() {
