@@ -7,14 +7,20 @@
 #include <limits>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
 
-#include "cpu/memory.h"
 #include "isa.h"
+#include "parallel.h"
 
 namespace fused {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+void run_parallel(int64_t begin, int64_t end, int64_t grain,
+                  void (*body)(int64_t begin, int64_t end, void* context), void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+}
 
 Storage storage_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {

@@ -4,16 +4,12 @@
 #include <cstdint>
 #include <optional>
 
-#include <torch/csrc/stable/tensor.h>
-
+#include "cpu/memory.h"
 #include "cpu/stages.h"
 
 namespace fused {
 
 using OptionalTensor = std::optional<torch::stable::Tensor>;
-
-// Below this many elements a second thread costs more than it saves.
-constexpr int64_t kGrain = 16384;
 
 Storage storage_of(const torch::stable::Tensor& tensor);
 int32_t dtype_of(const torch::stable::Tensor& tensor);

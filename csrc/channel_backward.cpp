@@ -21,13 +21,13 @@ class KeptGradient {
     if (!wanted || data_) return;
     const size_t bytes = sizeof(C) * static_cast<size_t>(p.elements());
     if (bytes > last_level_cache() / 2) return;
-    own_.emplace(new_tensor({p.elements()}, compute_dtype(p.compute)));
-    data_ = own_->data_ptr();
+    own_ = new_memory(bytes);
+    data_ = own_.get();
   }
   void* data() const { return data_; }
 
  private:
-  OptionalTensor own_;
+  std::shared_ptr<void> own_;
   void* data_ = nullptr;
 };
 
@@ -144,7 +144,7 @@ struct Backward {
   void small_by_column(double* partial) const {
     const int64_t per_piece = samples_of_piece();
     const ChannelKernel second_pass = kernel(keeps());
-    torch::stable::parallel_for(0, sample_pieces(), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, sample_pieces(), 1, [&](int64_t begin, int64_t end) {
       CoefficientArrays<C> own(p, kOwnSlot, channels);
       double* const sums = double_buffer(kOwnPartialSlot, 2 * (channels + groups));
       double* const means = sums + 2 * channels;
@@ -235,13 +235,13 @@ void channel_backward(const ChannelProblem& p, const ChannelStatistics<C>& stati
     channel_gradient(second, statistics, present, sums);
   }
   if (!wanted) return;
-  torch::stable::parallel_for(0, channels, std::max<int64_t>(1, kGrain / 4 / blocks),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t block = 0; block < blocks; ++block) {
-                                  const double* const g = sums + 2 * block * channels + begin;
-                                  backward.add_totals(block, begin, end, g, g + channels, totals);
-                                }
-                              });
+  parallel_for(0, channels, std::max<int64_t>(1, kGrain / 4 / blocks),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t block = 0; block < blocks; ++block) {
+                   const double* const g = sums + 2 * block * channels + begin;
+                   backward.add_totals(block, begin, end, g, g + channels, totals);
+                 }
+               });
 }
 
 #define FUSED_INSTANTIATE(C)                                                                   \

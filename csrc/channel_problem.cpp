@@ -2,6 +2,8 @@
 #include <cmath>
 #include <cstring>
 
+#include <torch/csrc/stable/tensor.h>
+
 #include "channel_problem.h"
 #include "check.h"
 #include "cpu/random.h"

@@ -8,14 +8,11 @@
 
 #include <algorithm>
 #include <cstdint>
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include <memory>
 
 #include "arguments.h"
 #include "cpu/channel.h"
-#include "cpu/memory.h"
+#include "parallel.h"
 #include "philox.h"
 
 namespace fused {
@@ -49,19 +46,19 @@ inline double* double_buffer(Slot slot, int64_t count) {
   return static_cast<double*>(thread_buffer(slot, sizeof(double) * static_cast<size_t>(count)));
 }
 
-// Doubles that all threads read: in a buffer of the calling thread, or if they are many, in a
-// tensor that is freed.
+// Doubles that all threads read: in a buffer of the calling thread, or if they are many, in memory
+// that is freed.
 class SharedDoubles {
  public:
   SharedDoubles(Slot slot, int64_t count) {
     constexpr int64_t kMost = 1 << 17;
-    if (count > kMost) tensor_.emplace(new_tensor({count}, aoti_torch_dtype_float64()));
-    data_ = tensor_ ? static_cast<double*>(tensor_->data_ptr()) : double_buffer(slot, count);
+    if (count > kMost) own_ = new_memory(sizeof(double) * static_cast<size_t>(count));
+    data_ = own_ ? static_cast<double*>(own_.get()) : double_buffer(slot, count);
   }
   double* data() const { return data_; }
 
  private:
-  OptionalTensor tensor_;
+  std::shared_ptr<void> own_;
   double* data_;
 };
 

@@ -13,8 +13,8 @@
 
 #include "arguments.h"
 #include "check.h"
-#include "cpu/memory.h"
 #include "isa.h"
+#include "parallel.h"
 
 namespace fused {
 namespace {
@@ -76,7 +76,7 @@ void run_forward(const RowForward& problem, int64_t rows, Storage storage) {
   const ForwardKernel kernel = active_kernels().row.forward[static_cast<int>(storage)][through];
   const size_t scratch = sizeof(double) * forward_scratch(problem.cols);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, problem.cols));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     kernel(problem, begin, end, thread_buffer(3, scratch));
   });
 }
@@ -154,13 +154,12 @@ constexpr int64_t kRowsPerChunk = 32, kMaxChunks = 64;
 
 template <class C>
 void add_chunks(const C* partial, int64_t chunks, int64_t cols, C* out) {
-  torch::stable::parallel_for(0, cols, std::max<int64_t>(64, kGrain / chunks),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-                                  const C* row = partial + chunk * cols;
-                                  for (int64_t i = begin; i < end; ++i) out[i] += row[i];
-                                }
-                              });
+  parallel_for(0, cols, std::max<int64_t>(64, kGrain / chunks), [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      const C* row = partial + chunk * cols;
+      for (int64_t i = begin; i < end; ++i) out[i] += row[i];
+    }
+  });
 }
 
 // The sum of one parameter's gradient: chunks × cols partials, of which the first row becomes the
@@ -240,7 +239,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
     const BackwardKernel kernel = active_kernels().row.backward[static_cast<int>(storage)][through];
     const size_t scratch = sizeof(double) * backward_scratch(cols);
     const int64_t grain = std::max<int64_t>(1, kGrain / (per_chunk * cols));
-    torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
+    parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
       for (int64_t chunk = first; chunk < last; ++chunk) {
         const ColumnSums sums{dweight.at(chunk, cols), dnorm_bias.at(chunk, cols),
                               dbias.at(chunk, cols)};

@@ -34,11 +34,16 @@ inline void fill_storage(ChannelKernels& kernels, Storage storage) {
 }
 
 inline ChannelKernels make_channel_kernels() {
+#if FUSED_AVX512
+  ChannelKernels kernels =
+      channel_kernels_avx2();  // for double, of which a vector is one in every instruction set
+#else
   ChannelKernels kernels{};
+  fill_storage<double>(kernels, Storage::f64);
+#endif
   fill_storage<float>(kernels, Storage::f32);
   fill_storage<bfloat16>(kernels, Storage::bf16);
   fill_storage<float16>(kernels, Storage::f16);
-  fill_storage<double>(kernels, Storage::f64);
   return kernels;
 }
 

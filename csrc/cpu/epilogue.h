@@ -49,6 +49,7 @@ struct Epilogue : Packs<T> {
 
   explicit Epilogue(const Stages& given)
       : stages(given),
+        compares(given.alpha == given.alpha),
         alpha(broadcast<V>(given.alpha)),
         scale(Base::dropout_scale(given.threshold)),
         threshold(given.threshold),
@@ -108,8 +109,10 @@ struct Epilogue : Packs<T> {
         Base::prefetch(input.ahead + start, Base::kPack);
         input.load(h, start, n);
         input.affine(h, start, n);
-        each(h, start,
-             [&](int k, int64_t) FUSED_INLINE { h[k] = select(h[k] < alpha, alpha, h[k]); });
+        if (compares) {
+          each(h, start,
+               [&](int k, int64_t) FUSED_INLINE { h[k] = select(h[k] < alpha, alpha, h[k]); });
+        }
         finish(h, start, n, input, row);
       });
       return;
@@ -157,11 +160,13 @@ struct Epilogue : Packs<T> {
         Base::prefetch(input.ahead + start, Base::kPack);
         Base::prefetch(row.ahead + start, Base::kPack);
         input.load(x, start, n);
-        each(x, start, [&](int k, int64_t) FUSED_INLINE { h[k] = x[k]; });
-        input.affine(h, start, n);
         load_gradient(g, start, n);
-        each(g, start,
-             [&](int k, int64_t) FUSED_INLINE { g[k] = select(h[k] <= alpha, V{}, g[k]); });
+        if (compares) {
+          each(x, start, [&](int k, int64_t) FUSED_INLINE { h[k] = x[k]; });
+          input.affine(h, start, n);
+          each(g, start,
+               [&](int k, int64_t) FUSED_INLINE { g[k] = select(h[k] <= alpha, V{}, g[k]); });
+        }
         done(g, x, start, n);
       });
       return;
@@ -208,6 +213,7 @@ struct Epilogue : Packs<T> {
   }
 
   const Stages& stages;
+  const bool compares;  // with alpha: relu, not none
   const V alpha, scale;
   const uint32_t threshold;
   const bool streaming;

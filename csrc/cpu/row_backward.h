@@ -16,10 +16,11 @@ struct RowBackwardBase : RowBase<T> {
   using typename Base::V;
 
   // dz of one row from the gradient of its normalised values, and the linear bias's column sum.
-  [[gnu::noinline]] static void finish(const RowInput<T>& given, int64_t cols, T* const dz,
+  // The input is a copy: what a reference points to would be in memory, where each store may change
+  // it.
+  [[gnu::noinline]] static void finish(const RowInput<T> input, int64_t cols, T* const dz,
                                        const C* const gradient, V mean_g, V mean_gx, C* const dbias,
                                        bool streaming) {
-    const RowInput<T> input = given;
     Base::for_each_pack(cols, [=](int64_t start, auto count, auto n) FUSED_INLINE {
       V x[decltype(count)::value];
       input.load(x, start, n);
@@ -63,7 +64,7 @@ struct RowBackwardKernel : RowBackwardBase<T> {
       const RowInput<T> input{{},      z,      another ? z + z_stride : z,
                               nullptr, bias,   weight,
                               shift,   normed, Base::statistics_of(problem, row)};
-      V sum_g[Base::kVectors]{}, sum_gx[Base::kVectors]{};
+      V sum_g{}, sum_gx{};
       const auto done = [&](auto& g, auto& x, int64_t start, auto n) FUSED_INLINE {
         if (!normed) {
           each(g, start, [&](int k, int64_t i) FUSED_INLINE {
@@ -82,12 +83,16 @@ struct RowBackwardKernel : RowBackwardBase<T> {
         if (weight) {
           each(g, start, [&](int k, int64_t i) FUSED_INLINE { g[k] *= load(weight + i, n); });
         }
+        // By packs: the addition of one waits for that of the one before.
+        V of_pack, of_products;
         each(g, start, [&](int k, int64_t i) FUSED_INLINE {
           g[k] = first_lanes(g[k], n);
-          sum_g[k] += g[k];
-          sum_gx[k] += g[k] * x[k];
+          of_pack = k ? of_pack + g[k] : g[k];
+          of_products = k ? of_products + g[k] * x[k] : g[k] * x[k];
           store(gradient + i, g[k], n);
         });
+        sum_g += of_pack;
+        sum_gx += of_products;
       };
       epilogue.gradient(
           0, dy_cols, input,
@@ -95,8 +100,8 @@ struct RowBackwardKernel : RowBackwardBase<T> {
            normed || dbias || streaming ? nullptr : dz},
           done);
       if (!normed) continue;
-      const V mean_g = broadcast<V>(centered ? Base::sum_pack(sum_g) * inverse : C(0));
-      const V mean_gx = broadcast<V>(Base::sum_pack(sum_gx) * inverse);
+      const V mean_g = broadcast<V>(centered ? sum_lanes(sum_g) * inverse : C(0));
+      const V mean_gx = broadcast<V>(sum_lanes(sum_gx) * inverse);
       Base::finish(input, cols, dz, gradient, mean_g, mean_gx, dbias, streaming);
     }
     if (streaming) fence_streaming();
