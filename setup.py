@@ -59,28 +59,17 @@ AVX512_FLAGS = [
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Each source with the flags that it alone gets; the instruction set is chosen at run time. The
 # longest to compile come first.
+KERNELS = (
+    {"portable": [], "avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS} if IS_X86 else {"portable": []}
+)
 SOURCES: dict[str, list[str]] = {
-    "csrc/cpu/row_portable.cpp": [],
-    "csrc/cpu/channel_portable.cpp": [],
-    "csrc/cpu/gated_portable.cpp": [],
-    "csrc/channel.cpp": [],
-    "csrc/row.cpp": [],
-    "csrc/channel_backward.cpp": [],
-    "csrc/channel_sums.cpp": [],
-    "csrc/channel_forward.cpp": [],
-    "csrc/channel_statistics.cpp": [],
-    "csrc/channel_problem.cpp": [],
-    "csrc/channel_coefficients.cpp": [],
-    "csrc/arguments.cpp": [],
-    "csrc/isa.cpp": [],
-    "csrc/cpu/memory.cpp": [],
+    f"csrc/cpu/{family}_{isa}.cpp": flags
+    for family in ("channel", "row", "stages")
+    for isa, flags in KERNELS.items()
 }
-if IS_X86:
-    SOURCES = {
-        f"csrc/cpu/{family}_{isa}.cpp": flags
-        for family in ("row", "channel", "gated")
-        for isa, flags in (("avx512", AVX512_FLAGS), ("avx2", AVX2_FLAGS))
-    } | SOURCES
+HOST = ("channel", "row", "arguments", "channel_problem", "channel_backward", "channel_statistics")
+HOST += ("channel_sums", "channel_forward", "channel_coefficients", "isa", "cpu/memory")
+SOURCES |= {f"csrc/{name}.cpp": [] for name in HOST}
 
 CUDA_SOURCES: dict[str, list[str]] = {
     f"csrc/cuda/{name}.cu": [] for name in ("channel", "row", "gated", "sums", "errors")
@@ -196,6 +185,15 @@ class BuildPy(build_py):
                 say_without(name, reason, package)
 
 
+def is_current(output: Path, made_of: Path) -> bool:
+    """Whether an object is newer than everything that it was made of."""
+    if not output.exists() or not made_of.exists():
+        return False
+    listed = shlex.split(made_of.read_text().partition(": ")[2].replace("\\\n", " "))
+    made = output.stat().st_mtime
+    return all(Path(name).exists() and Path(name).stat().st_mtime <= made for name in listed)
+
+
 def build_library(
     compiler: list[str],
     flags: list[str],
@@ -212,17 +210,15 @@ def build_library(
     key = repr((version, find_torch() and metadata.version("torch"), flags, sources))
     objects = ROOT / "build" / f"objects-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     objects.mkdir(parents=True, exist_ok=True)
-    folders = {"csrc", "csrc/cpu", *(str(Path(source).parent) for source in sources)}
-    headers = [p for folder in folders for p in (ROOT / folder).glob("*.*h")]
-    newest_header = max(p.stat().st_mtime for p in headers)
 
     def compile_one(source: str) -> Path:
         path, output = ROOT / source, objects / Path(source.replace("/", "_")).with_suffix(".o")
-        changed = max(newest_header, path.stat().st_mtime)
-        if not output.exists() or output.stat().st_mtime < changed:
+        made_of = output.with_suffix(".d")  # the compiler's list of the source and its headers
+        if not is_current(output, made_of):
             started, partial = time.monotonic(), output.with_suffix(f".{os.getpid()}")
             say(f"compiling {source}")
-            command = [*compiler, *flags, *sources[source], "-c", str(path), "-o", str(partial)]
+            command = [*compiler, *flags, *sources[source], "-MMD", "-MF", str(made_of)]
+            command += ["-c", str(path), "-o", str(partial)]
             print(run(command).stderr, file=sys.stderr, end="")
             partial.replace(output)
             say(f"compiled {source} in {time.monotonic() - started:.0f} s")

@@ -4,15 +4,23 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
 
-#include "cpu/memory.h"
+#include "isa.h"
+#include "parallel.h"
 
 namespace fused {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+void run_parallel(int64_t begin, int64_t end, int64_t grain,
+                  void (*body)(int64_t begin, int64_t end, void* context), void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+}
 
 Storage storage_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -100,6 +108,28 @@ void check_activation(int64_t activation) {
               ") halves the columns, which row_forward and row_backward alone do; write its "
               "result to a new tensor with row_forward");
   FUSED_CHECK(activation >= 0 && activation < kActivations, "unknown activation code ", activation);
+}
+
+Stages stages_of(Storage compute, int64_t activation, double alpha, double beta) {
+  const StageTable& table = active_kernels().stages;
+  const int of_compute = compute == Storage::f64;
+  Stages stages;
+  stages.alpha = alpha;
+  stages.beta = beta;
+  if (is_gated(activation)) {
+    stages.through = Through::gate;
+    stages.gate = table.gate[of_compute][activation - kFirstGated];
+    stages.gate_gradient = table.gate_gradient[of_compute][activation - kFirstGated];
+    return stages;
+  }
+  stages.value = table.value[of_compute][activation];
+  stages.gradient = table.gradient[of_compute][activation];
+  if (activation > 1) {
+    stages.through = Through::stage;
+  } else {  // none, with which every comparison is false, and relu
+    stages.alpha = activation ? 0 : std::numeric_limits<double>::quiet_NaN();
+  }
+  return stages;
 }
 
 uint64_t checked_seed(int64_t threshold, const OptionalTensor& seed) {

@@ -4,16 +4,12 @@
 #include <cstdint>
 #include <optional>
 
-#include <torch/csrc/stable/tensor.h>
-
-#include "cpu/codes.h"
+#include "cpu/memory.h"
+#include "cpu/stages.h"
 
 namespace fused {
 
 using OptionalTensor = std::optional<torch::stable::Tensor>;
-
-// Below this many elements a second thread costs more than it saves.
-constexpr int64_t kGrain = 16384;
 
 Storage storage_of(const torch::stable::Tensor& tensor);
 int32_t dtype_of(const torch::stable::Tensor& tensor);
@@ -29,6 +25,9 @@ const void* column_array(const OptionalTensor& tensor, Storage compute, int slot
 
 // Raises for codes that are unknown or those of gated activations.
 void check_activation(int64_t activation);
+
+// What an operator does after h, but for the dropout; the code, one that is known, may be gated.
+Stages stages_of(Storage compute, int64_t activation, double alpha, double beta);
 
 // The seed of dropout, after a check of the threshold; 0 without dropout.
 uint64_t checked_seed(int64_t threshold, const OptionalTensor& seed);

@@ -8,6 +8,8 @@
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 namespace fused {
 namespace {

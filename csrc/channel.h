@@ -33,14 +33,13 @@ void for_each_groups(const ChannelProblem& problem, const F& body) {
   const int64_t together =
       problem.is_batch() ? 1 : std::clamp<int64_t>(kTogether / size, 1, groups);
   const int64_t pieces = (groups + together - 1) / together;
-  torch::stable::parallel_for(0, problem.blocks() * pieces,
-                              std::max<int64_t>(1, kGrain / (size * together)),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) {
-                                  const int64_t first = i % pieces * together;
-                                  body(i / pieces, first, std::min(groups, first + together));
-                                }
-                              });
+  parallel_for(0, problem.blocks() * pieces, std::max<int64_t>(1, kGrain / (size * together)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t first = i % pieces * together;
+                   body(i / pieces, first, std::min(groups, first + together));
+                 }
+               });
 }
 
 // ---- channel_forward.cpp ----
@@ -60,7 +59,7 @@ void for_each_piece(const ChannelProblem& problem, bool joined, const F& body) {
   const int64_t per_piece = problem.fold * std::max<int64_t>(1, kGrain / line);
   const int64_t pieces = (rows + per_piece - 1) / per_piece;
   const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(rows, per_piece) * problem.cols));
-  torch::stable::parallel_for(0, blocks * pieces, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks * pieces, grain, [&](int64_t begin, int64_t end) {
     // Backwards: what was read last by the pass before is found in the caches.
     for (int64_t i = end; i-- > begin;) {
       const int64_t sample = i / pieces, first = i % pieces * per_piece;

@@ -21,13 +21,13 @@ class KeptGradient {
     if (!wanted || data_) return;
     const size_t bytes = sizeof(C) * static_cast<size_t>(p.elements());
     if (bytes > last_level_cache() / 2) return;
-    own_.emplace(new_tensor({p.elements()}, compute_dtype(p.compute)));
-    data_ = own_->data_ptr();
+    own_ = new_memory(bytes);
+    data_ = own_.get();
   }
   void* data() const { return data_; }
 
  private:
-  OptionalTensor own_;
+  std::shared_ptr<void> own_;
   void* data_ = nullptr;
 };
 
@@ -38,8 +38,11 @@ struct Backward {
   const C* present;
   const int64_t channels = p.channels, groups = p.groups, width = p.width();
 
-  ChannelKernel kernel(int through) const {
-    return p.kernels->gradient[static_cast<int>(p.storage)][static_cast<int>(p.by)][through];
+  // The pass that makes dz, of the gradient that was kept or of that which it makes again.
+  ChannelKernel kernel(bool of_kept) const {
+    const int storage = static_cast<int>(p.storage), by = static_cast<int>(p.by);
+    return of_kept ? p.kernels->kept_gradient[storage][by]
+                   : p.kernels->gradient[storage][by][p.through()];
   }
 
   // mean_s(g·w) and mean_s(g·w·x̂), two for each of the groups [first, last) of a block; the sums
@@ -79,7 +82,7 @@ struct Backward {
   }
 
   void gradient(const double* means) const {
-    const ChannelKernel pass = kernel(p.gradient ? static_cast<int>(Through::gradient) : p.through);
+    const ChannelKernel pass = kernel(p.gradient != nullptr);
     const PieceCoefficients<C> coefficients(p, statistics, means);
     const auto body = [&](int64_t row, int64_t count, int64_t sample) {
       ChannelRows work = p.view(row, count);
@@ -92,21 +95,18 @@ struct Backward {
   // ---- a group or a sample at a time ----
 
   // Whether g is kept between the passes, not made again: where it costs more than a comparison.
-  bool keeps() const { return p.through == static_cast<int>(Through::stage) || p.stages.threshold; }
+  bool keeps() const { return p.stages.through == Through::stage || p.stages.threshold; }
 
   C* kept(int64_t size) const {
     return keeps() ? static_cast<C*>(
                          thread_buffer(kGradientSlot, sizeof(C) * static_cast<size_t>(size)))
                    : nullptr;
   }
-  int through_of_second() const {
-    return keeps() ? static_cast<int>(Through::gradient) : p.through;
-  }
 
   void small_by_row(double* sums) const {
     const ChannelKernel first_pass =
-        p.kernels->sums[static_cast<int>(p.storage)][static_cast<int>(By::row)][p.through];
-    const ChannelKernel second_pass = kernel(through_of_second());
+        p.kernels->sums[static_cast<int>(p.storage)][static_cast<int>(By::row)][p.through()];
+    const ChannelKernel second_pass = kernel(keeps());
     for_each_groups(p, [&](int64_t sample, int64_t first_group, int64_t last_group) {
       const int64_t first = first_group * width, last = last_group * width;
       CoefficientArrays<C> own(p, kOwnSlot, last - first);
@@ -143,8 +143,8 @@ struct Backward {
   // Leaves 2 · channels doubles for each piece of samples: the totals g and gx.
   void small_by_column(double* partial) const {
     const int64_t per_piece = samples_of_piece();
-    const ChannelKernel second_pass = kernel(through_of_second());
-    torch::stable::parallel_for(0, sample_pieces(), 1, [&](int64_t begin, int64_t end) {
+    const ChannelKernel second_pass = kernel(keeps());
+    parallel_for(0, sample_pieces(), 1, [&](int64_t begin, int64_t end) {
       CoefficientArrays<C> own(p, kOwnSlot, channels);
       double* const sums = double_buffer(kOwnPartialSlot, 2 * (channels + groups));
       double* const means = sums + 2 * channels;
@@ -235,13 +235,13 @@ void channel_backward(const ChannelProblem& p, const ChannelStatistics<C>& stati
     channel_gradient(second, statistics, present, sums);
   }
   if (!wanted) return;
-  torch::stable::parallel_for(0, channels, std::max<int64_t>(1, kGrain / 4 / blocks),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t block = 0; block < blocks; ++block) {
-                                  const double* const g = sums + 2 * block * channels + begin;
-                                  backward.add_totals(block, begin, end, g, g + channels, totals);
-                                }
-                              });
+  parallel_for(0, channels, std::max<int64_t>(1, kGrain / 4 / blocks),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t block = 0; block < blocks; ++block) {
+                   const double* const g = sums + 2 * block * channels + begin;
+                   backward.add_totals(block, begin, end, g, g + channels, totals);
+                 }
+               });
 }
 
 #define FUSED_INSTANTIATE(C)                                                                   \

@@ -6,7 +6,7 @@ namespace fused {
 namespace {
 
 ChannelKernel forward_kernel(const ChannelProblem& p) {
-  return p.kernels->forward[static_cast<int>(p.storage)][static_cast<int>(p.by)][p.through];
+  return p.kernels->forward[static_cast<int>(p.storage)][static_cast<int>(p.by)][p.through()];
 }
 
 }  // namespace
@@ -34,7 +34,7 @@ void channel_forward(const ChannelProblem& p, C* mean, C* variance, C* present) 
   const ChannelKernel kernel = forward_kernel(p);
   if (p.by == By::column) {
     const int64_t grain = std::max<int64_t>(1, kGrain / (p.rows * p.cols));
-    torch::stable::parallel_for(0, p.samples, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, p.samples, grain, [&](int64_t begin, int64_t end) {
       CoefficientArrays<C> own(p, kOwnSlot, p.channels);
       for (int64_t sample = begin; sample < end; ++sample) {
         statistics_of_sample(p, sample, mean + sample * p.groups, variance + sample * p.groups,

@@ -1,7 +1,8 @@
 // Checks of the channel operators' arguments; rows and lines.
 #include <cmath>
 #include <cstring>
-#include <limits>
+
+#include <torch/csrc/stable/tensor.h>
 
 #include "channel_problem.h"
 #include "check.h"
@@ -69,20 +70,10 @@ ChannelProblem::ChannelProblem(const Tensor& z_, const OptionalTensor& norm_weig
   bias = norm == Norm::none ? nullptr : column_array(norm_bias, compute, kBiasSlot, channels);
 
   check_activation(scalars.activation);
+  stages = stages_of(compute, scalars.activation, scalars.alpha, scalars.beta);
   stages.seed = checked_seed(scalars.threshold, seed);
   (scalars.channel_dropout ? channel_threshold : stages.threshold) =
       static_cast<uint32_t>(scalars.threshold);
-  const int of_compute = compute == Storage::f64;
-  stages.alpha = scalars.alpha;
-  stages.beta = scalars.beta;
-  through = static_cast<int>(Through::stage);
-  if (scalars.activation <= 1) {  // none and relu
-    through = static_cast<int>(Through::comparison);
-    stages.alpha = scalars.activation ? 0 : std::numeric_limits<double>::quiet_NaN();
-  }
-  stages.value = kernels->value[of_compute][scalars.activation];
-  stages.gradient = kernels->gradient_stage[of_compute][scalars.activation];
-
   lay_out_rows(stages.threshold != 0);
 }
 

@@ -8,14 +8,11 @@
 
 #include <algorithm>
 #include <cstdint>
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include <memory>
 
 #include "arguments.h"
 #include "cpu/channel.h"
-#include "cpu/memory.h"
+#include "parallel.h"
 #include "philox.h"
 
 namespace fused {
@@ -45,28 +42,23 @@ enum Slot : int {
   kTotalsSlot = 14,  // what the parameters' gradients are made of
 };
 
-// Counters of dropout that so many elements of a row take.
-inline int64_t counters_of(int64_t cols) {
-  return (cols + kElementsPerCounter - 1) / kElementsPerCounter;
-}
-
 inline double* double_buffer(Slot slot, int64_t count) {
   return static_cast<double*>(thread_buffer(slot, sizeof(double) * static_cast<size_t>(count)));
 }
 
-// Doubles that all threads read: in a buffer of the calling thread, or if they are many, in a
-// tensor that is freed.
+// Doubles that all threads read: in a buffer of the calling thread, or if they are many, in memory
+// that is freed.
 class SharedDoubles {
  public:
   SharedDoubles(Slot slot, int64_t count) {
     constexpr int64_t kMost = 1 << 17;
-    if (count > kMost) tensor_.emplace(new_tensor({count}, aoti_torch_dtype_float64()));
-    data_ = tensor_ ? static_cast<double*>(tensor_->data_ptr()) : double_buffer(slot, count);
+    if (count > kMost) own_ = new_memory(sizeof(double) * static_cast<size_t>(count));
+    data_ = own_ ? static_cast<double*>(own_.get()) : double_buffer(slot, count);
   }
   double* data() const { return data_; }
 
  private:
-  OptionalTensor tensor_;
+  std::shared_ptr<void> own_;
   double* data_;
 };
 
@@ -100,8 +92,7 @@ struct ChannelProblem {
   uint32_t channel_threshold = 0;
 
   const ChannelKernels* kernels;
-  ChannelStages stages;
-  int through;  // as Through
+  Stages stages;
 
   By by;
   int64_t rows, cols;    // rows of a sample; elements of a row
@@ -117,6 +108,7 @@ struct ChannelProblem {
   const bool* mask = nullptr;  // of an empty tensor null, too
   bool has_mask = false;
 
+  int through() const { return static_cast<int>(stages.through); }
   int64_t all_rows() const { return samples * rows; }
   int64_t element_size() const;
   int64_t elements() const { return samples * rows * cols; }

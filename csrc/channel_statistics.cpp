@@ -74,19 +74,18 @@ void statistics_by_runs(const ChannelProblem& p, C* mean, C* variance) {
   const Runs runs(p);
   const SharedDoubles buffer(kPartialSlot, 2 * runs.count * runs.pieces);
   Moments* const pieces = reinterpret_cast<Moments*>(buffer.data());
-  torch::stable::parallel_for(
-      0, runs.count, std::max<int64_t>(1, kGrain / runs.size), [&](int64_t begin, int64_t end) {
-        run_pieces(p, runs, begin, end - begin, 1, pieces + begin * runs.pieces);
-      });
+  parallel_for(0, runs.count, std::max<int64_t>(1, kGrain / runs.size),
+               [&](int64_t begin, int64_t end) {
+                 run_pieces(p, runs, begin, end - begin, 1, pieces + begin * runs.pieces);
+               });
   const int64_t blocks = p.blocks(), step = p.is_batch() ? p.groups : 1;
   const int64_t of_one = p.is_batch() ? p.samples : 1;
-  torch::stable::parallel_for(0, blocks * p.groups, std::max<int64_t>(1, kGrain / 16 / of_one),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t k = begin; k < end; ++k) {
-                                  merge_runs(runs, pieces + k * runs.pieces, of_one, step, mean + k,
-                                             variance + k);
-                                }
-                              });
+  parallel_for(0, blocks * p.groups, std::max<int64_t>(1, kGrain / 16 / of_one),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t k = begin; k < end; ++k) {
+                   merge_runs(runs, pieces + k * runs.pieces, of_one, step, mean + k, variance + k);
+                 }
+               });
 }
 
 // ---- columns ----
@@ -178,22 +177,21 @@ void statistics_by_columns(const ChannelProblem& p, C* mean, C* variance, C* pre
   const SharedDoubles buffer(kPartialSlot, blocks * pieces * (2 * groups + 1));
   double* const partial = buffer.data();
   int64_t* const found = reinterpret_cast<int64_t*>(partial + blocks * pieces * 2 * groups);
-  torch::stable::parallel_for(
-      0, blocks * pieces, std::max<int64_t>(1, kGrain / (std::min(rows, per_piece) * p.cols)),
-      [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t row = i / pieces * rows + i % pieces * per_piece;
-          const int64_t count = std::min(per_piece, rows - i % pieces * per_piece);
-          found[i] = column_piece(p, row, count, partial + i * 2 * groups);
-        }
-      });
+  parallel_for(0, blocks * pieces,
+               std::max<int64_t>(1, kGrain / (std::min(rows, per_piece) * p.cols)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t row = i / pieces * rows + i % pieces * per_piece;
+                   const int64_t count = std::min(per_piece, rows - i % pieces * per_piece);
+                   found[i] = column_piece(p, row, count, partial + i * 2 * groups);
+                 }
+               });
   for (int64_t block = 0; block < blocks; ++block) {
     double* const of_block = partial + block * pieces * 2 * groups;
-    torch::stable::parallel_for(
-        0, groups, std::max<int64_t>(1, kGrain / pieces), [&](int64_t begin, int64_t end) {
-          merge_columns(p, of_block, found + block * pieces, pieces, begin, end,
-                        mean + block * groups, variance + block * groups);
-        });
+    parallel_for(0, groups, std::max<int64_t>(1, kGrain / pieces), [&](int64_t begin, int64_t end) {
+      merge_columns(p, of_block, found + block * pieces, pieces, begin, end, mean + block * groups,
+                    variance + block * groups);
+    });
     if (present) {
       int64_t all = 0;
       for (int64_t i = 0; i < pieces; ++i) all += found[block * pieces + i];

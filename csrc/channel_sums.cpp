@@ -7,7 +7,7 @@ namespace fused {
 namespace {
 
 ChannelKernel sums_kernel(const ChannelProblem& p) {
-  return p.kernels->sums[static_cast<int>(p.storage)][static_cast<int>(p.by)][p.through];
+  return p.kernels->sums[static_cast<int>(p.storage)][static_cast<int>(p.by)][p.through()];
 }
 
 // As a function: GCC 12 takes the way to float and back for nothing where it makes a vector of two.
@@ -24,7 +24,7 @@ void sums_by_row(const ChannelProblem& p, const ChannelStatistics<C>& statistics
   const ChannelKernel kernel = sums_kernel(p);
   const PieceCoefficients<C> coefficients(p, statistics);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::min(p.cols, kPiece));
-  torch::stable::parallel_for(0, rows * pieces, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows * pieces, grain, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t row = begin / pieces, sample = row / p.channels, first = row % p.channels;
       // As many rows as the sample has left, or one piece of a long row.
@@ -41,22 +41,22 @@ void sums_by_row(const ChannelProblem& p, const ChannelStatistics<C>& statistics
   if (!sums) return;
   const bool apart = statistics.rows > 1;
   const int64_t of_one = apart ? 1 : p.samples, count = apart ? rows : p.channels;
-  torch::stable::parallel_for(
-      0, count, std::max<int64_t>(1, kGrain / 16 / of_one), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          double g = 0, gd = 0;
-          for (int64_t sample = 0; sample < of_one; ++sample) {
-            const double* next = partial + 2 * (i + sample * p.channels) * pieces;
-            for (int64_t piece = 0; piece < pieces; ++piece, next += 2) {
-              g += next[0];
-              gd += next[1];
-            }
-          }
-          double* const out = sums + 2 * (i - i % p.channels) + i % p.channels;
-          out[0] = g;
-          out[p.channels] = gd;
-        }
-      });
+  parallel_for(0, count, std::max<int64_t>(1, kGrain / 16 / of_one),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   double g = 0, gd = 0;
+                   for (int64_t sample = 0; sample < of_one; ++sample) {
+                     const double* next = partial + 2 * (i + sample * p.channels) * pieces;
+                     for (int64_t piece = 0; piece < pieces; ++piece, next += 2) {
+                       g += next[0];
+                       gd += next[1];
+                     }
+                   }
+                   double* const out = sums + 2 * (i - i % p.channels) + i % p.channels;
+                   out[0] = g;
+                   out[p.channels] = gd;
+                 }
+               });
 }
 
 template <class C>
@@ -69,7 +69,7 @@ void sums_by_column(const ChannelProblem& p, const ChannelStatistics<C>& statist
   const SharedDoubles buffer(kPartialSlot, sums ? blocks * pieces * size : 0);
   double* const partial = sums ? buffer.data() : nullptr;
   const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(rows, per_piece) * p.cols));
-  torch::stable::parallel_for(0, blocks * pieces, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks * pieces, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t sample = i / pieces, first = i % pieces * per_piece;
       ChannelRows work = p.view(sample * rows + first, std::min(per_piece, rows - first));
@@ -83,14 +83,13 @@ void sums_by_column(const ChannelProblem& p, const ChannelStatistics<C>& statist
   for (int64_t block = 0; block < kinds; ++block) {
     double* const out = sums + block * size;
     const double* const first = partial + block * of_one * size;
-    torch::stable::parallel_for(0, size, std::max<int64_t>(64, kGrain / of_one),
-                                [&](int64_t begin, int64_t end) {
-                                  std::copy(first + begin, first + end, out + begin);
-                                  for (int64_t piece = 1; piece < of_one; ++piece) {
-                                    const double* const next = first + piece * size;
-                                    for (int64_t i = begin; i < end; ++i) out[i] += next[i];
-                                  }
-                                });
+    parallel_for(0, size, std::max<int64_t>(64, kGrain / of_one), [&](int64_t begin, int64_t end) {
+      std::copy(first + begin, first + end, out + begin);
+      for (int64_t piece = 1; piece < of_one; ++piece) {
+        const double* const next = first + piece * size;
+        for (int64_t i = begin; i < end; ++i) out[i] += next[i];
+      }
+    });
   }
 }
 

@@ -9,11 +9,13 @@
 namespace fused {
 namespace {
 
+#define FUSED_KERNELS(isa) {#isa, row_kernels_##isa(), channel_kernels_##isa(), stages_##isa()}
+
 // A table is made only on a machine that has its instruction set: the code that fills it is
 // compiled for that set, too.
 const Kernels* find_kernels(const std::string& name) {
   if (name == "portable") {
-    static const Kernels portable{"portable", row_kernels_portable(), channel_kernels_portable()};
+    static const Kernels portable = FUSED_KERNELS(portable);
     return &portable;
   }
 #if !defined(FUSED_PORTABLE_ONLY)
@@ -24,11 +26,11 @@ const Kernels* find_kernels(const std::string& name) {
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (name == "avx2" && has_avx2) {
-    static const Kernels avx2{"avx2", row_kernels_avx2(), channel_kernels_avx2()};
+    static const Kernels avx2 = FUSED_KERNELS(avx2);
     return &avx2;
   }
   if (name == "avx512" && has_avx512) {
-    static const Kernels avx512{"avx512", row_kernels_avx512(), channel_kernels_avx512()};
+    static const Kernels avx512 = FUSED_KERNELS(avx512);
     return &avx512;
   }
 #endif

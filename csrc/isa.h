@@ -10,6 +10,7 @@ struct Kernels {
   const char* name;
   const RowKernels& row;
   const ChannelKernels& channel;
+  const StageTable& stages;
 };
 
 // Those of the best instruction set that the machine has, or of FUSED_CPU_ISA.

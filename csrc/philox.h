@@ -13,4 +13,10 @@ constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E
 constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
 constexpr int kElementsPerCounter = 8;
 
+// Counters that so many elements of a row take. Always inline: compiled for several instruction
+// sets, it must not be a symbol that the linker merges.
+__attribute__((always_inline)) constexpr int64_t counters_of(int64_t cols) {
+  return (cols + kElementsPerCounter - 1) / kElementsPerCounter;
+}
+
 }  // namespace fused

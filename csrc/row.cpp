@@ -2,7 +2,7 @@
 // ABI.
 //
 // This file allocates and splits the rows over threads; the arithmetic is in cpu/row_forward.h and
-// cpu/row_backward.h, that of gated activations in cpu/gated_forward.h and cpu/gated_backward.h.
+// cpu/row_backward.h.
 #include <algorithm>
 #include <cstring>
 #include <tuple>
@@ -13,8 +13,8 @@
 
 #include "arguments.h"
 #include "check.h"
-#include "cpu/memory.h"
 #include "isa.h"
+#include "parallel.h"
 
 namespace fused {
 namespace {
@@ -54,10 +54,9 @@ void fill_problem(RowProblem& problem, const Tensor& z, const OptionalTensor& bi
   problem.cols = z.size(1);
   problem.norm = static_cast<Norm>(scalars.norm);
   problem.eps = scalars.eps;
-  problem.alpha = scalars.alpha;
-  problem.beta = scalars.beta;
-  problem.threshold = static_cast<uint32_t>(scalars.threshold);
-  problem.seed = checked_seed(scalars.threshold, seed);
+  problem.stages = stages_of(compute, scalars.activation, scalars.alpha, scalars.beta);
+  problem.stages.threshold = static_cast<uint32_t>(scalars.threshold);
+  problem.stages.seed = checked_seed(scalars.threshold, seed);
   problem.z = z.data_ptr();
   problem.z_stride = checked_row_stride(z, z, problem.cols, "z");
   problem.bias = column_array(bias, compute, 0, problem.cols);
@@ -72,11 +71,12 @@ int64_t output_cols(const Tensor& z, int64_t activation) {
 
 // ---- forward ----
 
-void run_forward(const RowForward& problem, int64_t rows, Storage storage, int64_t activation) {
-  const ForwardKernel kernel = active_kernels().row.forward[static_cast<int>(storage)][activation];
+void run_forward(const RowForward& problem, int64_t rows, Storage storage) {
+  const int through = static_cast<int>(problem.stages.through);
+  const ForwardKernel kernel = active_kernels().row.forward[static_cast<int>(storage)][through];
   const size_t scratch = sizeof(double) * forward_scratch(problem.cols);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, problem.cols));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     kernel(problem, begin, end, thread_buffer(3, scratch));
   });
 }
@@ -115,8 +115,8 @@ std::tuple<Tensor, Tensor> row_forward(Tensor z, OptionalTensor bias, OptionalTe
     problem.y = y.data_ptr();
     problem.y_stride = y_cols;
     place_statistics(problem, statistics.data_ptr(), rows, storage);
-    problem.streaming = worth_streaming(y, y_cols);
-    run_forward(problem, rows, storage, activation);
+    problem.stages.streaming = worth_streaming(y, y_cols);
+    run_forward(problem, rows, storage);
   } else if (statistics.numel()) {  // rows without elements
     memset(statistics.data_ptr(), 0,
            static_cast<size_t>(statistics.numel()) * statistics.element_size());
@@ -143,7 +143,7 @@ void row_forward_inplace(Tensor z, OptionalTensor bias, OptionalTensor norm_weig
   problem.y = z.data_ptr();
   problem.y_stride = problem.z_stride;
   place_statistics(problem, thread_buffer(4, 2 * sizeof(double) * rows), rows, storage);
-  run_forward(problem, rows, storage, activation);
+  run_forward(problem, rows, storage);
 }
 
 // ---- backward ----
@@ -154,13 +154,12 @@ constexpr int64_t kRowsPerChunk = 32, kMaxChunks = 64;
 
 template <class C>
 void add_chunks(const C* partial, int64_t chunks, int64_t cols, C* out) {
-  torch::stable::parallel_for(0, cols, std::max<int64_t>(64, kGrain / chunks),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-                                  const C* row = partial + chunk * cols;
-                                  for (int64_t i = begin; i < end; ++i) out[i] += row[i];
-                                }
-                              });
+  parallel_for(0, cols, std::max<int64_t>(64, kGrain / chunks), [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      const C* row = partial + chunk * cols;
+      for (int64_t i = begin; i < end; ++i) out[i] += row[i];
+    }
+  });
 }
 
 // The sum of one parameter's gradient: chunks × cols partials, of which the first row becomes the
@@ -235,12 +234,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
   if (rows && cols) {
     problem.dz = dz.data_ptr();
     // Without a norm the halves of dz are stored as they come, else whole rows by a second pass.
-    problem.streaming = worth_streaming(dz, normed ? cols : dy_cols);
-    const BackwardKernel kernel =
-        active_kernels().row.backward[static_cast<int>(storage)][activation];
+    problem.stages.streaming = worth_streaming(dz, normed ? cols : dy_cols);
+    const int through = static_cast<int>(problem.stages.through);
+    const BackwardKernel kernel = active_kernels().row.backward[static_cast<int>(storage)][through];
     const size_t scratch = sizeof(double) * backward_scratch(cols);
     const int64_t grain = std::max<int64_t>(1, kGrain / (per_chunk * cols));
-    torch::stable::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
+    parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
       for (int64_t chunk = first; chunk < last; ++chunk) {
         const ColumnSums sums{dweight.at(chunk, cols), dnorm_bias.at(chunk, cols),
                               dbias.at(chunk, cols)};

@@ -8,31 +8,13 @@
 // mean … offset are either one number for a row (a row is a channel of a sample) or arrays along
 // the row (a row is all channels of a position), so that batch, group and instance norm are the
 // same to it.
-//
-// What depends on the activation and costs more than a comparison runs as a stage of its own, on
-// segments of a row that lie in the first-level cache in the compute type; so each activation is
-// compiled for float and double, and not once more for every storage type and kernel.
 #pragma once
 
 #include <cstdint>
 
-#include "codes.h"
+#include "stages.h"
 
 namespace fused {
-
-// A stage replaces n values h by the activation's, or n gradients of these by those of h.
-using ValueStage = void (*)(void* h, int64_t n, double alpha, double beta);
-using GradientStage = void (*)(void* g, const void* h, int64_t n, double alpha, double beta);
-
-// What is the same in all calls of an operator.
-struct ChannelStages {
-  ValueStage value = nullptr;        // null: the kernels compare with alpha (channel_base.h)
-  GradientStage gradient = nullptr;  // null with value
-  double alpha = 0, beta = 0;
-  uint32_t threshold = 0;  // dropout of elements; 0: none, 65536: everything is dropped
-  uint64_t seed = 0;
-  bool streaming = false;  // write past the caches; rows of the output are 64-byte aligned
-};
 
 // In the compute type (float, or double for double): one value for each row of a call, or one for
 // each column.
@@ -65,7 +47,7 @@ struct ChannelRows {
   Coefficients coefficients;
 };
 
-using ChannelKernel = void (*)(const ChannelStages&, const ChannelRows&);
+using ChannelKernel = void (*)(const Stages&, const ChannelRows&);
 
 // Mean and Σ(z − mean)².
 struct Moments {
@@ -79,19 +61,15 @@ using MomentsKernel = void (*)(const void* z, int64_t runs, int64_t n, int64_t s
 using ColumnMomentsKernel = void (*)(const void* z, const bool* mask, int64_t present, int64_t cols,
                                      double* mean, double* square, void* scratch);
 
-// Coefficients by row or by column; activation by comparison, by stage, or (gradient kernel) done
-// already: g is read from ChannelRows::gradient.
-enum class By : int { row = 0, column = 1 };
-enum class Through : int { comparison = 0, stage = 1, gradient = 2 };
+enum class By : int { row = 0, column = 1 };  // whose the coefficients are
 
 struct ChannelKernels {
   MomentsKernel moments[kStorages];
   ColumnMomentsKernel column_moments[kStorages];
   ChannelKernel forward[kStorages][2][2];  // [By][Through]
   ChannelKernel sums[kStorages][2][2];
-  ChannelKernel gradient[kStorages][2][3];
-  ValueStage value[2][kActivations];  // float, double
-  GradientStage gradient_stage[2][kActivations];
+  ChannelKernel gradient[kStorages][2][2];
+  ChannelKernel kept_gradient[kStorages][2];  // g is read from ChannelRows::gradient
 };
 
 const ChannelKernels& channel_kernels_portable();

@@ -2,16 +2,17 @@
 // makes slope and offset, and dz.
 #pragma once
 
-#include "channel_base.h"
+#include "channel_input.h"
 
 namespace fused::FUSED_TARGET {
 
 template <class T, By kBy, Through kThrough>
-struct ChannelSumsKernel : ChannelBase<T, kBy, kThrough> {
-  using Base = ChannelBase<T, kBy, kThrough>;
+struct ChannelSumsKernel : Packs<T> {
+  using Base = Packs<T>;
+  using Base::each;
   using typename Base::C;
-  using typename Base::Coefficient;
   using typename Base::V;
+  using Input = ChannelInput<T, kBy>;
   // Differences that are no normal numbers would lose digits in products with g.
   static constexpr double kUp = 0x1p24;
   // What is added up in the compute type before the sum goes on in double, as torch's sums do from
@@ -30,7 +31,7 @@ struct ChannelSumsKernel : ChannelBase<T, kBy, kThrough> {
     });
   }
 
-  static void run(const ChannelStages& stages, const ChannelRows& rows) {
+  static void run(const Stages& stages, const ChannelRows& rows) {
     const int64_t cols = rows.cols;
     C* const column_g = kBy == By::column && rows.sums ? static_cast<C*>(rows.scratch) : nullptr;
     C* const column_gd = column_g ? column_g + cols : nullptr;
@@ -40,40 +41,41 @@ struct ChannelSumsKernel : ChannelBase<T, kBy, kThrough> {
     }
     int64_t added = 0;
     const V up = broadcast<V>(kUp);
-    typename Base::Call call(stages, rows);
+    const bool streaming = stages.streaming;
+    Epilogue<T, kThrough> epilogue(stages);
     for (int64_t row = 0; row < rows.rows; ++row) {
-      if (Base::left_out(rows, row)) continue;
+      if (Input::left_out(rows, row)) continue;
       T* const dz = rows.out ? static_cast<T*>(rows.out) + row * rows.stride : nullptr;
       C* const kept = rows.gradient ? static_cast<C*>(rows.gradient) + row * cols : nullptr;
-      const Coefficient scale(rows.coefficients.scale, row * rows.coefficient_step);
-      const bool streaming = stages.streaming;
+      const Input input(rows, row);
       double total[2] = {0, 0};
       for (int64_t begin = 0; begin < cols; begin += kBlock) {
         V sum_g[Base::kVectors]{}, sum_gd[Base::kVectors]{};
-        Base::each_gradient(
-            stages, call, rows, row, begin, std::min(cols, begin + kBlock),
-            [&](int64_t start, auto n, auto& g, auto& d) FUSED_INLINE {
-              constexpr int kCount = sizeof(g) / sizeof(V);
-              Base::template each<kCount>(start, [&](int k, int64_t i) FUSED_INLINE {
-                if (kept) store(kept + i, g[k], n);
-                if (dz) Base::store_output(dz + i, g[k] * scale.at(i, n), n, streaming);
-              });
-              if constexpr (kBy == By::row) {
-                Base::template each<kCount>(start, [&](int k, int64_t) FUSED_INLINE {
-                  g[k] = first_lanes(g[k], n);
-                  sum_g[k] += g[k];
-                  sum_gd[k] += g[k] * (d[k] * up);
-                });
-              } else if (column_g) {
-                Base::template each<kCount>(start, [&](int k, int64_t i) FUSED_INLINE {
-                  Base::add_to(column_g, i, g[k], n);
-                  Base::add_to(column_gd, i, g[k] * (d[k] * up), n);
-                });
-              }
+        const auto done = [&](auto& g, auto& d, int64_t start, auto n) FUSED_INLINE {
+          if (kept || dz) {
+            each(g, start, [&](int k, int64_t i) FUSED_INLINE {
+              if (kept) store(kept + i, g[k], n);
+              if (dz) Base::store_output(dz + i, g[k] * input.scale.at(i, n), n, streaming);
             });
+          }
+          if constexpr (kBy == By::row) {
+            each(g, start, [&](int k, int64_t) FUSED_INLINE {
+              g[k] = first_lanes(g[k], n);
+              sum_g[k] += g[k];
+              sum_gd[k] += g[k] * (d[k] * up);
+            });
+          } else if (column_g) {
+            each(g, start, [&](int k, int64_t i) FUSED_INLINE {
+              Base::add_to(column_g, i, g[k], n);
+              Base::add_to(column_gd, i, g[k] * (d[k] * up), n);
+            });
+          }
+        };
+        epilogue.gradient(begin, std::min(cols, begin + kBlock), input,
+                          gradient_row<T, kBy>(rows, row), done);
         if constexpr (kBy == By::row) {
-          total[0] += sum_lanes((sum_g[0] + sum_g[1]) + (sum_g[2] + sum_g[3]));
-          total[1] += sum_lanes((sum_gd[0] + sum_gd[1]) + (sum_gd[2] + sum_gd[3]));
+          total[0] += Base::sum_pack(sum_g);
+          total[1] += Base::sum_pack(sum_gd);
         }
       }
       if constexpr (kBy == By::row) {
@@ -87,52 +89,46 @@ struct ChannelSumsKernel : ChannelBase<T, kBy, kThrough> {
       }
     }
     if (added) go_on_in_double(rows.sums, column_g, cols);
-    if (rows.out && stages.streaming) fence_streaming();
+    if (rows.out && streaming) fence_streaming();
   }
 };
 
-template <class T, By kBy, Through kThrough>
-struct ChannelGradientKernel : ChannelBase<T, kBy, kThrough> {
-  using Base = ChannelBase<T, kBy, kThrough>;
-  using typename Base::C;
-  using typename Base::Coefficient;
-  using typename Base::V;
-
-  static void run(const ChannelStages& stages, const ChannelRows& rows) {
-    const int64_t cols = rows.cols;
-    typename Base::Call call(stages, rows);
-    for (int64_t row = 0; row < rows.rows; ++row) {
-      if (Base::left_out(rows, row)) continue;
-      T* const dz = static_cast<T*>(rows.out) + row * rows.stride;
-      const Coefficients& c = rows.coefficients;
-      const int64_t own = row * rows.coefficient_step;
-      const Coefficient scale(c.scale, own), slope(c.slope, own), offset(c.offset, own);
-      const bool streaming = stages.streaming;
-      const auto finish = [&](int64_t start, auto n, auto& g, auto& d) FUSED_INLINE {
-        Base::template each<sizeof(g) / sizeof(V)>(start, [&](int k, int64_t i) FUSED_INLINE {
-          const V result = g[k] * scale.at(i, n) + (d[k] * slope.at(i, n) + offset.at(i, n));
-          Base::store_output(dz + i, result, n, streaming);
-        });
-      };
-      if constexpr (kThrough == Through::gradient) {
-        const T* const z = static_cast<const T*>(rows.z) + row * rows.stride;
-        const C* const gradient = static_cast<const C*>(rows.gradient) + row * cols;
-        const Coefficient mean(c.mean, own);
-        Base::for_each_pack(cols, [&](int64_t start, auto count, auto n) FUSED_INLINE {
-          constexpr int kCount = decltype(count)::value;
-          V g[kCount], d[kCount];
-          Base::template each<kCount>(start, [&](int k, int64_t i) FUSED_INLINE {
-            g[k] = load(gradient + i, n);
-            d[k] = load(z + i, n) - mean.at(i, n);
-          });
-          finish(start, n, g, d);
-        });
-      } else {
-        Base::each_gradient(stages, call, rows, row, 0, cols, finish);
-      }
+// dz; kKept: g is read from ChannelRows::gradient, not made again.
+template <class T, By kBy, Through kThrough, bool kKept>
+inline void channel_gradient(const Stages& stages, const ChannelRows& rows) {
+  using Base = Packs<T>;
+  using C = typename Base::C;
+  using V = typename Base::V;
+  using Input = ChannelInput<T, kBy>;
+  const int64_t cols = rows.cols;
+  const bool streaming = stages.streaming;
+  Epilogue<T, kThrough> epilogue(stages);
+  for (int64_t row = 0; row < rows.rows; ++row) {
+    if (Input::left_out(rows, row)) continue;
+    T* const dz = static_cast<T*>(rows.out) + row * rows.stride;
+    const int64_t own = row * rows.coefficient_step;
+    const Input input(rows, row);
+    const Coefficient<T, kBy> slope(rows.coefficients.slope, own);
+    const Coefficient<T, kBy> offset(rows.coefficients.offset, own);
+    const auto finish = [&](auto& g, auto& d, int64_t start, auto n) FUSED_INLINE {
+      Base::each(g, start, [&](int k, int64_t i) FUSED_INLINE {
+        const V result = g[k] * input.scale.at(i, n) + (d[k] * slope.at(i, n) + offset.at(i, n));
+        Base::store_output(dz + i, result, n, streaming);
+      });
+    };
+    if constexpr (kKept) {
+      const C* const gradient = static_cast<const C*>(rows.gradient) + row * cols;
+      Base::for_each_pack(cols, [&](int64_t start, auto count, auto n) FUSED_INLINE {
+        V g[decltype(count)::value], d[decltype(count)::value];
+        Base::each(g, start, [&](int k, int64_t i) FUSED_INLINE { g[k] = load(gradient + i, n); });
+        input.load(d, start, n);
+        finish(g, d, start, n);
+      });
+    } else {
+      epilogue.gradient(0, cols, input, gradient_row<T, kBy>(rows, row), finish);
     }
-    if (stages.streaming) fence_streaming();
   }
-};
+  if (streaming) fence_streaming();
+}
 
 }  // namespace fused::FUSED_TARGET

@@ -17,6 +17,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
 
 namespace fused {
 namespace {
@@ -176,6 +177,12 @@ Tensor new_tensor(std::initializer_list<int64_t> sizes, int32_t dtype) {
   }
   if (poison_new_tensors && bytes) std::memset(tensor.data_ptr(), 0xFF, bytes);
   return tensor;
+}
+
+std::shared_ptr<void> new_memory(size_t bytes) {
+  const auto doubles = static_cast<int64_t>((bytes + sizeof(double) - 1) / sizeof(double));
+  const auto tensor = std::make_shared<Tensor>(new_tensor({doubles}, aoti_torch_dtype_float64()));
+  return {tensor, tensor->data_ptr()};
 }
 
 void* thread_buffer(int slot, size_t bytes) {

@@ -77,6 +77,25 @@ struct Packs {
     }
   }
 
+  // Calls body(k, i) for each vector k of a pack, i being its first column.
+  template <int kCount, class F>
+  FUSED_INLINE static void each(const V (&)[kCount], int64_t start, const F& body) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kCount; ++k) body(k, start + k * kLanes);
+  }
+
+  // Whole vectors of a block in the compute type.
+  template <int kCount>
+  FUSED_INLINE static void load_pack(V (&values)[kCount], const C* p) {
+    each(values, 0, [&](int k, int64_t i) FUSED_INLINE { values[k] = load(p + i, All<V>{}); });
+  }
+  template <int kCount>
+  FUSED_INLINE static void store_pack(C* p, const V (&values)[kCount]) {
+    each(values, 0, [&](int k, int64_t i) FUSED_INLINE { store(p + i, values[k], All<V>{}); });
+  }
+
+  static C sum_pack(const V (&x)[kVectors]) { return sum_lanes((x[0] + x[1]) + (x[2] + x[3])); }
+
   // A per-column or per-row array, null where absent.
   static const C* array(const void* p) { return static_cast<const C*>(p); }
 
@@ -95,9 +114,9 @@ struct Packs {
   }
 
   // Asks for what is read a row or more later; the hardware prefetcher stops at page ends.
-  static void prefetch_pack(const T* p) {
+  static void prefetch(const T* p, int64_t count) {
     constexpr int kPerLine = 64 / sizeof(T);
-    for (int i = 0; i < kPack; i += kPerLine) __builtin_prefetch(p + i, 0, 2);
+    for (int64_t i = 0; i < count; i += kPerLine) __builtin_prefetch(p + i, 0, 2);
   }
 
   static V dropout_scale(uint32_t threshold) {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "codes.h"
+#include "stages.h"
 
 namespace fused {
 
@@ -15,17 +15,13 @@ namespace fused {
 struct RowProblem {
   int64_t cols = 0;
   Norm norm = Norm::none;
-  double eps = 0, alpha = 0, beta = 0;
-  uint32_t threshold = 0;  // 0: no dropout; 65536: everything is dropped
-  uint64_t seed = 0;
+  double eps = 0;
+  Stages stages;
   const void* z = nullptr;
   int64_t z_stride = 0;
   const void* bias = nullptr;
   const void* norm_weight = nullptr;
   const void* norm_bias = nullptr;
-  // Write past the caches: rows of the output, or what is written of them at a time, are 64-byte
-  // aligned.
-  bool streaming = false;
 };
 
 struct RowForward : RowProblem {
@@ -72,17 +68,12 @@ constexpr int64_t backward_scratch(int64_t cols) { return cols; }
 // Of a gated activation z, dz and the parameters have `cols` columns, an even number; residual, y
 // and dy have cols / 2, and y is not z.
 struct RowKernels {
-  ForwardKernel forward[kStorages][kActivationCodes];
-  BackwardKernel backward[kStorages][kActivationCodes];
+  ForwardKernel forward[kStorages][3];  // [Through]
+  BackwardKernel backward[kStorages][3];
 };
 
 const RowKernels& row_kernels_portable();
 const RowKernels& row_kernels_avx2();
 const RowKernels& row_kernels_avx512();
-
-// Fill in those of the gated activations, which are compiled by themselves.
-void add_gated_portable(RowKernels& kernels);
-void add_gated_avx2(RowKernels& kernels);
-void add_gated_avx512(RowKernels& kernels);
 
 }  // namespace fused

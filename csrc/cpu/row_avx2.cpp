@@ -4,11 +4,7 @@
 namespace fused {
 
 const RowKernels& row_kernels_avx2() {
-  static const RowKernels kernels = [] {
-    RowKernels made = avx2::make_row_kernels();
-    add_gated_avx2(made);
-    return made;
-  }();
+  static const RowKernels kernels = avx2::make_row_kernels();
   return kernels;
 }
 

@@ -4,11 +4,7 @@
 namespace fused {
 
 const RowKernels& row_kernels_avx512() {
-  static const RowKernels kernels = [] {
-    RowKernels made = avx512::make_row_kernels();
-    add_gated_avx512(made);
-    return made;
-  }();
+  static const RowKernels kernels = avx512::make_row_kernels();
   return kernels;
 }
 

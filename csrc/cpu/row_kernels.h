@@ -6,22 +6,32 @@
 
 namespace fused::FUSED_TARGET {
 
+template <class T, Through kThrough>
+inline void fill_through(RowKernels& kernels, Storage storage_, Through slot) {
+  const int storage = static_cast<int>(storage_), through = static_cast<int>(slot);
+  kernels.forward[storage][through] = RowForwardKernel<T, kThrough>::run;
+  kernels.backward[storage][through] = RowBackwardKernel<T, kThrough>::run;
+}
+
 template <class T>
 inline void fill_storage(RowKernels& kernels, Storage storage) {
-  int code = 0;
-#define FUSED_FILL(Activation)                                                             \
-  kernels.forward[static_cast<int>(storage)][code] = RowForwardKernel<T, Activation>::run; \
-  kernels.backward[static_cast<int>(storage)][code++] = RowBackwardKernel<T, Activation>::run;
-  FUSED_FOR_EACH_ACTIVATION(FUSED_FILL)
-#undef FUSED_FILL
+  using enum Through;
+  fill_through<T, kCheapest<T>>(kernels, storage, comparison);
+  fill_through<T, stage>(kernels, storage, stage);
+  fill_through<T, gate>(kernels, storage, gate);
 }
 
 inline RowKernels make_row_kernels() {
+#if FUSED_AVX512
+  RowKernels kernels =
+      row_kernels_avx2();  // for double, of which a vector is one in every instruction set
+#else
   RowKernels kernels{};
+  fill_storage<double>(kernels, Storage::f64);
+#endif
   fill_storage<float>(kernels, Storage::f32);
   fill_storage<bfloat16>(kernels, Storage::bf16);
   fill_storage<float16>(kernels, Storage::f16);
-  fill_storage<double>(kernels, Storage::f64);
   return kernels;
 }
 

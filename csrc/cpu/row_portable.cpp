@@ -4,11 +4,7 @@
 namespace fused {
 
 const RowKernels& row_kernels_portable() {
-  static const RowKernels kernels = [] {
-    RowKernels made = portable::make_row_kernels();
-    add_gated_portable(made);
-    return made;
-  }();
+  static const RowKernels kernels = portable::make_row_kernels();
   return kernels;
 }
 

@@ -1,4 +1,4 @@
-// What the row kernels share: loads and stores of a row's elements, and the statistics of rows.
+// What the row kernels share: what h is made of, and the statistics of rows.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,59 @@
 #include "../norm.h"
 
 namespace fused::FUSED_TARGET {
+
+// h = x̂·weight + shift of a row, with x̂ = normalize(z + bias): the Input of epilogue.h.
+template <class T>
+struct RowInput : Packs<T> {
+  using Packs<T>::each;
+  using typename Packs<T>::C;
+  using typename Packs<T>::V;
+
+  template <int kCount, class N>
+  FUSED_INLINE void load(V (&x)[kCount], int64_t start, N n) const {
+    if (copy) {
+      each(x, start,
+           [&](int k, int64_t i) FUSED_INLINE { x[k] = FUSED_TARGET::load(copy + i, n); });
+    } else {
+      each(x, start, [&](int k, int64_t i) FUSED_INLINE { x[k] = FUSED_TARGET::load(z + i, n); });
+      if (bias) {
+        each(x, start,
+             [&](int k, int64_t i) FUSED_INLINE { x[k] += FUSED_TARGET::load(bias + i, n); });
+      }
+    }
+    if (normed) {
+      each(x, start, [&](int k, int64_t) FUSED_INLINE { x[k] = normalize(x[k], statistics); });
+    }
+  }
+
+  template <int kCount, class N>
+  FUSED_INLINE void affine(V (&x)[kCount], int64_t start, N n) const {
+    if (weight && shift) {
+      each(x, start, [&](int k, int64_t i) FUSED_INLINE {
+        x[k] = x[k] * FUSED_TARGET::load(weight + i, n) + FUSED_TARGET::load(shift + i, n);
+      });
+    } else if (weight) {
+      each(x, start,
+           [&](int k, int64_t i) FUSED_INLINE { x[k] *= FUSED_TARGET::load(weight + i, n); });
+    } else if (shift) {
+      each(x, start,
+           [&](int k, int64_t i) FUSED_INLINE { x[k] += FUSED_TARGET::load(shift + i, n); });
+    }
+  }
+
+  template <int kCount, class N>
+  FUSED_INLINE void rescale(V (&)[kCount], int64_t, N) const {}
+  static constexpr bool rescales() { return false; }
+
+  bool gives_x() const { return normed; }
+  const T* plain() const { return normed || bias || weight || shift ? nullptr : z; }
+
+  const T *z, *ahead;
+  const C* copy;  // of z + bias; null: it is made again
+  const C *bias, *weight, *shift;
+  bool normed;
+  RowStatistics<V> statistics;
+};
 
 // What does not depend on the activation, compiled once per storage type.
 template <class T>
@@ -24,6 +77,13 @@ struct RowBase : Packs<T> {
     V x = load(z + i, n);
     if (bias) x += load(bias + i, n);
     return x;
+  }
+
+  template <class Problem>
+  static RowStatistics<V> statistics_of(const Problem& problem, int64_t row) {
+    const bool normed = problem.norm != Norm::none, centered = problem.norm == Norm::layer;
+    return {broadcast<V>(centered ? array(problem.mean)[row] : C(0)),
+            broadcast<V>(normed ? array(problem.rstd)[row] : C(1))};
   }
 
   // Rows whose statistics are taken together, so that the chain from a sum to its use is waited for
