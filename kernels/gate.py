@@ -14,10 +14,9 @@ variants improve transformer", 2020.
 import triton
 import triton.language as tl
 
-from .activation import activate, activate_grad
-from .dropout import dropout_multiplier
 from .norm import centre
-from .tile import load_columns, load_tile, row_offset
+from .output import Drop, output_gradient
+from .tile import Place, add_columns, load_columns, load_place, row_offset, times_columns
 
 
 @triton.jit
@@ -25,8 +24,10 @@ def load_halves(z_ptr, bias_ptr, z_offset, column, gate_column, column_mask, mas
     """Float32 tiles of z + bias: of the value and of the gate, [BLOCK_M, BLOCK_N] each."""
     bias_a = load_columns(bias_ptr, column, column_mask) if bias_ptr is not None else None
     bias_b = load_columns(bias_ptr, gate_column, column_mask) if bias_ptr is not None else None
-    a = load_tile(z_ptr, z_offset + column[None, :], mask, bias_a)
-    b = load_tile(z_ptr, z_offset + gate_column[None, :], mask, bias_b)
+    a = load_place(Place(z_ptr, z_offset, column[None, :], mask))
+    b = load_place(Place(z_ptr, z_offset, gate_column[None, :], mask))
+    if bias_ptr is not None:
+        a, b = a + bias_a, b + bias_b
     return a, b
 
 
@@ -48,46 +49,12 @@ def halves_statistics(
 
 
 @triton.jit
-def affine_half(xhat, norm_weight_ptr, norm_bias_ptr, column, column_mask):
-    """xhat · norm_weight + norm_bias of these columns; either may be absent."""
-    if norm_weight_ptr is not None:
-        xhat = xhat * load_columns(norm_weight_ptr, column, column_mask)
-    if norm_bias_ptr is not None:
-        xhat = xhat + load_columns(norm_bias_ptr, column, column_mask)
-    return xhat
-
-
-@triton.jit
-def write_gated(
-    a,
-    b,
-    residual_ptr,
-    y_ptr,
-    seed_ptr,
-    row,  # int64 [BLOCK_M]
-    col0,
-    column,
-    mask,
-    cols,
-    stride_rm,
-    stride_ym,
-    threshold,
-    GATE: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PTX: tl.constexpr,
-    PER_THREAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """y = residual + dropout(a · act(b)) of a tile, to memory. GATE names act."""
-    y = a * activate(b, 0.0, 0.0, GATE, PTX)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        y *= dropout_multiplier(seed, row, col0, cols, threshold, PER_THREAD, BLOCK_M, BLOCK_N)
-    if residual_ptr is not None:
-        offset = row_offset(row, stride_rm, ALIGN) + column[None, :]
-        y += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row_offset(row, stride_ym, ALIGN) + column[None, :], y, mask=mask)
+def affine_halves(a, b, norm_weight_ptr, norm_bias_ptr, column, gate_column, column_mask):
+    """`norm.affine` of both halves."""
+    a = times_columns(a, norm_weight_ptr, column, column_mask)
+    a = add_columns(a, norm_bias_ptr, column, column_mask)
+    b = times_columns(b, norm_weight_ptr, gate_column, column_mask)
+    return a, add_columns(b, norm_bias_ptr, gate_column, column_mask)
 
 
 @triton.jit
@@ -108,33 +75,25 @@ def halves_gradient(
     mask,
     cols,
     stride_dym,
+    scalars,
     threshold,
-    NORM: tl.constexpr,
-    GATE: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PTX: tl.constexpr,
-    PER_THREAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     """(da, db, xhat of a, xhat of b), of a and b, tiles of z + bias.
 
     da and db are the gradients of what the norm gives. Without a norm xhat is a and b themselves.
     In the padding dy is 0, and with it da and db.
     """
-    offset = row_offset(row, stride_dym, ALIGN) + column[None, :]
-    g = tl.load(dy_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    offset = row_offset(row, stride_dym, FORM.ALIGN)
+    g = load_place(Place(dy_ptr, offset, column[None, :], mask))
     xhat_a, xhat_b = a, b
-    if NORM is not None:
-        xhat_a = centre(a, mean, None, NORM, True) * rstd[:, None]
-        xhat_b = centre(b, mean, None, NORM, True) * rstd[:, None]
-        a = affine_half(xhat_a, norm_weight_ptr, norm_bias_ptr, column, column_mask)
-        b = affine_half(xhat_b, norm_weight_ptr, norm_bias_ptr, gate_column, column_mask)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        g *= dropout_multiplier(seed, row, col0, cols, threshold, PER_THREAD, BLOCK_M, BLOCK_N)
-    da = g * activate(b, 0.0, 0.0, GATE, PTX)
-    db = activate_grad(g * a, b, 0.0, 0.0, GATE, PTX)
+    if FORM.NORM is not None:
+        xhat_a = centre(a, mean, None, FORM.NORM, True) * rstd[:, None]
+        xhat_b = centre(b, mean, None, FORM.NORM, True) * rstd[:, None]
+        a, b = affine_halves(
+            *(xhat_a, xhat_b, norm_weight_ptr, norm_bias_ptr, column, gate_column, column_mask)
+        )
+    da, db = output_gradient(g, a, b, Drop(seed_ptr, row, col0, cols, threshold), scalars, FORM)
     return da, db, xhat_a, xhat_b
 
 

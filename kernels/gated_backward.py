@@ -7,20 +7,17 @@ rows that are wider than the tiles take gated_sums.py first, and then any part o
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..spec import GATED_ACTIVATIONS
 from . import gated_tuning, tuning
-from .column_sum import sum_columns
 from .gate import halves_gradient, halves_gradient_means, load_halves
-from .gated import is_wide
-from .gated_sums import gated_sums
+from .gated_sums import _gated_sums_kernel
 from .norm import load_statistics, row_gradient
 from .row_sums import BACKWARD_INTEGERS
-from .tile import load_columns, row_offset
+from .tile import load_columns, row_offset, times_columns
 
 
 @triton.jit
@@ -34,9 +31,7 @@ def _store_sums(partial_ptr, of_a, of_b, column, gate_column, column_mask):
 def _gated_bwd_kernel(
     dy_ptr,
     z_ptr,
-    bias_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
+    parameters,
     statistics_ptr,
     sums_ptr,
     seed_ptr,
@@ -46,18 +41,13 @@ def _gated_bwd_kernel(
     cols,
     stride_dym,
     stride_zm,
+    scalars,
     threshold,
-    NORM: tl.constexpr,
-    GATE: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PTX: tl.constexpr,
-    PER_THREAD: tl.constexpr,
+    FORM: tl.constexpr,
+    WANTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    WANT_NORM_WEIGHT: tl.constexpr,
-    WANT_NORM_BIAS: tl.constexpr,
-    WANT_BIAS: tl.constexpr,
 ):
     """dz, and this program's column sums: partial_ptr is [sums wanted, row programs, 2 cols].
 
@@ -65,8 +55,10 @@ def _gated_bwd_kernel(
     bias. With STAGES = 2 the next rows are on their way while these are computed, and the bias
     stays in registers; with 1 there is no room for either, and the parameters come from L1.
     """
+    bias_ptr, norm_weight_ptr, norm_bias_ptr = parameters
+    ALIGN: tl.constexpr = FORM.ALIGN
     # Parts of rows only where no sum along the row is taken here.
-    col_blocks = tl.cdiv(cols, BLOCK_N) if NORM is None or sums_ptr is not None else 1
+    col_blocks = tl.cdiv(cols, BLOCK_N) if FORM.NORM is None or sums_ptr is not None else 1
     pid = tl.program_id(0)
     row_programs = tl.num_programs(0) // col_blocks
     row_program = pid // col_blocks
@@ -78,13 +70,13 @@ def _gated_bwd_kernel(
     if STAGES > 1 and bias_ptr is not None:
         bias_a = load_columns(bias_ptr, column, column_mask)
         bias_b = load_columns(bias_ptr, gate_column, column_mask)
-    if WANT_NORM_WEIGHT:
+    if WANTED.norm_weight:
         dnorm_weight_a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         dnorm_weight_b = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if WANT_NORM_BIAS:
+    if WANTED.norm_bias:
         dnorm_bias_a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         dnorm_bias_b = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if WANT_BIAS:
+    if WANTED.bias:
         dbias_a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         dbias_b = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
@@ -94,8 +86,8 @@ def _gated_bwd_kernel(
         mask = row_mask[:, None] & column_mask[None, :]
         mean = tl.zeros((BLOCK_M,), tl.float32)
         rstd = mean
-        if NORM is not None:
-            mean, rstd = load_statistics(statistics_ptr, row, rows, NORM)
+        if FORM.NORM is not None:
+            mean, rstd = load_statistics(statistics_ptr, row, rows, FORM.NORM)
         z_offset = row_offset(row, stride_zm, ALIGN)
         if STAGES > 1:
             a, b = load_halves(z_ptr, None, z_offset, column, gate_column, column_mask, mask)
@@ -105,27 +97,25 @@ def _gated_bwd_kernel(
             a, b = load_halves(z_ptr, bias_ptr, z_offset, column, gate_column, column_mask, mask)
         da, db, xhat_a, xhat_b = halves_gradient(
             *(dy_ptr, a, b, norm_weight_ptr, norm_bias_ptr, seed_ptr, mean, rstd, row, col0),
-            *(column, gate_column, column_mask, mask, cols, stride_dym, threshold),
-            *(NORM, GATE, ALIGN, PTX, PER_THREAD, BLOCK_M, BLOCK_N),
+            *(column, gate_column, column_mask, mask, cols, stride_dym, scalars, threshold, FORM),
         )
-        if WANT_NORM_BIAS:
+        if WANTED.norm_bias:
             dnorm_bias_a += da
             dnorm_bias_b += db
-        if NORM is not None:
-            if WANT_NORM_WEIGHT:
+        if FORM.NORM is not None:
+            if WANTED.norm_weight:
                 dnorm_weight_a += da * xhat_a
                 dnorm_weight_b += db * xhat_b
-            if norm_weight_ptr is not None:
-                da *= load_columns(norm_weight_ptr, column, column_mask)
-                db *= load_columns(norm_weight_ptr, gate_column, column_mask)
+            da = times_columns(da, norm_weight_ptr, column, column_mask)
+            db = times_columns(db, norm_weight_ptr, gate_column, column_mask)
             if sums_ptr is not None:
                 mean_g = tl.load(sums_ptr + row, mask=row_mask, other=0.0)
                 mean_gx = tl.load(sums_ptr + rows + row, mask=row_mask, other=0.0)
             else:
-                mean_g, mean_gx = halves_gradient_means(da, db, xhat_a, xhat_b, cols, NORM)
-            da = row_gradient(da, xhat_a, rstd, mean_g, mean_gx, NORM)
-            db = row_gradient(db, xhat_b, rstd, mean_g, mean_gx, NORM)
-        if WANT_BIAS:
+                mean_g, mean_gx = halves_gradient_means(da, db, xhat_a, xhat_b, cols, FORM.NORM)
+            da = row_gradient(da, xhat_a, rstd, mean_g, mean_gx, FORM.NORM)
+            db = row_gradient(db, xhat_b, rstd, mean_g, mean_gx, FORM.NORM)
+        if WANTED.bias:
             dbias_a += da
             dbias_b += db
         dz_offset = row_offset(row, 2 * end, ALIGN)
@@ -135,74 +125,27 @@ def _gated_bwd_kernel(
     if partial_ptr is not None:
         plane = tl.cast(row_programs, tl.int64) * 2 * cols
         partial_ptr += tl.multiple_of(tl.cast(row_program, tl.int64) * 2 * cols, ALIGN)
-        if WANT_NORM_WEIGHT:
+        if WANTED.norm_weight:
             of_a, of_b = dnorm_weight_a, dnorm_weight_b
             _store_sums(partial_ptr, of_a, of_b, column, gate_column, column_mask)
             partial_ptr += tl.multiple_of(plane, ALIGN)
-        if WANT_NORM_BIAS:
+        if WANTED.norm_bias:
             of_a, of_b = dnorm_bias_a, dnorm_bias_b
             _store_sums(partial_ptr, of_a, of_b, column, gate_column, column_mask)
             partial_ptr += tl.multiple_of(plane, ALIGN)
-        if WANT_BIAS:
+        if WANTED.bias:
             _store_sums(partial_ptr, dbias_a, dbias_b, column, gate_column, column_mask)
 
 
-def gated_backward(
-    inputs: tuple[Tensor | None, ...],
-    seed: Tensor | None,
-    dz: Tensor,
-    made: list[Tensor],
-    wants: dict[str, bool],
-    norm: str | None,
-    activation: str,
-    threshold: int,
-) -> None:
-    """Fills dz (rows, 2 cols) and the sums over the rows, (2 cols,), for `row_backward`.
+def backward_kernel(
+    cols: int, norm: str | None, sums: int, itemsize: int, device: tuning.Device, wide: bool
+) -> tuple[Any, tuning.Tile, int, dict[str, int]]:
+    """The kernel for results of this width, its tile and stages, what else the compiler is told."""
+    tile = gated_tuning.backward_tile(cols, norm, sums, itemsize, device, wide)
+    options = gated_tuning.backward_options(tile, norm, sums, device, wide)
+    return _gated_bwd_kernel, tile, gated_tuning.backward_stages(norm), options
 
-    Args:
-        inputs: dy (rows, cols), z (rows, 2 cols), bias, norm_weight, norm_bias (2 cols,) and the
-            statistics, in the order of the kernel.
-        made: the sums that are wanted, in the order of `wants`, the flags of the kernel.
-    """
-    dy, z = inputs[0], inputs[1]
-    assert dy is not None and z is not None
-    rows, cols = dy.shape
-    device = tuning.device(z)
-    scalars = (rows, cols, dy.stride(0), z.stride(0), threshold)
-    # Of cols and not of 2 cols: the gate begins there.
-    align = tuning.alignment(cols, z.element_size(), dy.stride(0), z.stride(0))
-    flags = {
-        "NORM": norm,
-        "GATE": GATED_ACTIVATIONS[activation].gate,
-        "ALIGN": align,
-        "PTX": device.arch > 0,
-        "PER_THREAD": min(8, 16 // z.element_size()),
-    }
-    wide = is_wide(align, dy, z)
-    tile = gated_tuning.backward_tile(cols, norm, len(made), z.element_size(), device, wide)
-    col_blocks = triton.cdiv(cols, tile.block_n)
-    with tuning.device_of(z):
-        sums = None
-        if norm and col_blocks > 1:
-            sums = gated_sums(inputs, seed, scalars, flags)
-        programs = tuning.programs(triton.cdiv(rows, tile.block_m), col_blocks, tile, device)
-        partial = None
-        if made:
-            partial = z.new_empty((len(made), programs, 2 * cols), dtype=torch.float32)
-        _gated_bwd_kernel[(programs * col_blocks,)](
-            *inputs,
-            sums,
-            seed,
-            dz,
-            partial,
-            *scalars,
-            **flags,
-            **wants,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            STAGES=gated_tuning.backward_stages(norm),
-            num_warps=tile.num_warps,
-            **gated_tuning.backward_options(tile, norm, len(made), device, wide),
-        )
-        if partial is not None:
-            sum_columns(partial, made)
+
+def sums_kernel(device: tuning.Device) -> tuple[Any, tuning.Tile, dict[str, int]]:
+    """The kernel for the two means along a row, its tile, and what else the compiler is told."""
+    return _gated_sums_kernel, gated_tuning.sums_tile(device), gated_tuning.sums_options(device)

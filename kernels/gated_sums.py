@@ -4,29 +4,20 @@ As row_sums.py, for rows of which the tiles of gated_backward.py hold a part; a 
 halves of the row.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from . import gated_tuning, tuning
 from .gate import halves_gradient, halves_gradient_means, load_halves
 from .norm import load_statistics
 from .row_sums import BACKWARD_INTEGERS
-from .tile import load_columns, row_offset
+from .tile import row_offset, times_columns
 
 
 @triton.jit(do_not_specialize=BACKWARD_INTEGERS)
 def _gated_sums_kernel(
     dy_ptr,
     z_ptr,
-    bias_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
+    parameters,
     statistics_ptr,
     sums_ptr,
     seed_ptr,
@@ -34,22 +25,20 @@ def _gated_sums_kernel(
     cols,
     stride_dym,
     stride_zm,
+    scalars,
     threshold,
-    NORM: tl.constexpr,
-    GATE: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PTX: tl.constexpr,
-    PER_THREAD: tl.constexpr,
+    FORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One row a program, block by block: sums_ptr is [2, rows], mean(g) and mean(g xhat)."""
+    bias_ptr, norm_weight_ptr, norm_bias_ptr = parameters
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_M)
-    z_offset = row_offset(row, stride_zm, ALIGN)
-    end = (cols // ALIGN) * ALIGN  # cols, known to be a multiple of ALIGN
+    z_offset = row_offset(row, stride_zm, FORM.ALIGN)
+    end = (cols // FORM.ALIGN) * FORM.ALIGN  # cols, known to be a multiple of ALIGN
     mean_g = tl.zeros((BLOCK_M,), tl.float32)
     mean_gx = tl.zeros((BLOCK_M,), tl.float32)
-    mean, rstd = load_statistics(statistics_ptr, row, rows, NORM)
+    mean, rstd = load_statistics(statistics_ptr, row, rows, FORM.NORM)
     for col0 in tl.range(0, cols, BLOCK_N):
         column = col0 + tl.arange(0, BLOCK_N)
         gate_column = end + column
@@ -58,40 +47,12 @@ def _gated_sums_kernel(
         a, b = load_halves(z_ptr, bias_ptr, z_offset, column, gate_column, column_mask, mask)
         da, db, xhat_a, xhat_b = halves_gradient(
             *(dy_ptr, a, b, norm_weight_ptr, norm_bias_ptr, seed_ptr, mean, rstd, row, col0),
-            *(column, gate_column, column_mask, mask, cols, stride_dym, threshold),
-            *(NORM, GATE, ALIGN, PTX, PER_THREAD, BLOCK_M, BLOCK_N),
+            *(column, gate_column, column_mask, mask, cols, stride_dym, scalars, threshold, FORM),
         )
-        if norm_weight_ptr is not None:
-            da *= load_columns(norm_weight_ptr, column, column_mask)
-            db *= load_columns(norm_weight_ptr, gate_column, column_mask)
-        block_g, block_gx = halves_gradient_means(da, db, xhat_a, xhat_b, cols, NORM)
+        da = times_columns(da, norm_weight_ptr, column, column_mask)
+        db = times_columns(db, norm_weight_ptr, gate_column, column_mask)
+        block_g, block_gx = halves_gradient_means(da, db, xhat_a, xhat_b, cols, FORM.NORM)
         mean_g += block_g
         mean_gx += block_gx
     tl.store(sums_ptr + row, mean_g)
     tl.store(sums_ptr + rows + row, mean_gx)
-
-
-def gated_sums(
-    inputs: tuple[Tensor | None, ...],
-    seed: Tensor | None,
-    scalars: tuple[int, ...],
-    flags: dict[str, Any],
-) -> Tensor:
-    """float32 (2, rows); the arguments are groups of `_gated_sums_kernel`'s, in its order."""
-    dy = inputs[0]
-    assert dy is not None
-    sums = dy.new_empty((2, dy.shape[0]), dtype=torch.float32)
-    device = tuning.device(dy)
-    tile = gated_tuning.sums_tile(device)
-    _gated_sums_kernel[(dy.shape[0],)](
-        *inputs,
-        sums,
-        seed,
-        *scalars,
-        **flags,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps,
-        **gated_tuning.sums_options(device),
-    )
-    return sums

@@ -19,8 +19,7 @@ from .channel_apply import apply
 from .channel_problem import Problem
 from .channel_statistics import merge_chunks
 from .channel_tile import over_positions, tile_moments
-from .gemm_tile import add_bias, product, tile_of_program
-from .tile import row_offset
+from .gemm_tile import product_tile, write_product
 
 # Runtime integers whose value must not compile a new kernel: alignment is passed as ALIGN instead.
 INTEGERS = ("rows", "cols", "inner", "stride_xm", "stride_wn")
@@ -39,40 +38,25 @@ def _gemm_batch_kernel(
     inner,
     stride_xm,
     stride_wn,
-    ALIGN_K: tl.constexpr,
-    ALIGN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One tile a program: z, and its columns' moments.
 
     partial_ptr is [3, row blocks, cols]: a value near the mean, mean minus it, and the sum of
     squared deviations; count_ptr [row blocks]. The moments are those of z as it is stored.
     """
-    row0, col0 = tile_of_program(tl.program_id(0), rows, cols, False, BLOCK_M, BLOCK_N)
-    row = row0 + tl.arange(0, BLOCK_M)
-    column = col0 + tl.arange(0, BLOCK_N)
-    row_mask = row < rows
-    column_mask = column < (cols // ALIGN_N) * ALIGN_N
-    mask = row_mask[:, None] & column_mask[None, :]
-    z = product(
-        *(x_ptr, weight_ptr, row, row_mask, column, column_mask, inner, stride_xm, stride_wn),
-        *(ALIGN_K, EVEN_K, PRECISION, BLOCK_K, STAGES),
+    z, row0, col0, row_mask, column, column_mask = write_product(
+        *(x_ptr, weight_ptr, bias_ptr, z_ptr, rows, cols, inner, stride_xm, stride_wn),
+        *(False, TILE),
     )
-    z = add_bias(z, bias_ptr, column, column_mask).to(z_ptr.dtype.element_ty)
-    tl.store(z_ptr + row_offset(row, cols, ALIGN_N) + column[None, :], z, mask=mask)
-    count = tl.minimum(rows - row0, BLOCK_M).to(tl.float32)
+    count = tl.minimum(rows - row0, TILE.BLOCK_M).to(tl.float32)
     inside = row_mask[:, None]
     x = tl.where(inside, z.to(tl.float32), 0.0)
     centre = over_positions(x, True) / count  # [1, BLOCK_N]
     x = tl.where(inside, x - centre, 0.0)
     mean, m2 = tile_moments(x, inside, count, True)
-    block = row0 // BLOCK_M
-    plane = tl.cast(tl.cdiv(rows, BLOCK_M), tl.int64) * cols
+    block = row0 // TILE.BLOCK_M
+    plane = tl.cast(tl.cdiv(rows, TILE.BLOCK_M), tl.int64) * cols
     offset = (block * cols + column)[None, :]
     tl.store(partial_ptr + offset, centre, mask=column_mask[None, :])
     tl.store(partial_ptr + plane + offset, mean, mask=column_mask[None, :])
@@ -102,7 +86,7 @@ def batch_forward(
     partial = x.new_empty((3, 1, row_blocks, cols), dtype=torch.float32)
     count = x.new_empty((1, row_blocks), dtype=torch.float32)
     mean, variance = (x.new_empty((1, cols), dtype=torch.float32) for _ in range(2))
-    strides = (x.stride(0), weight.stride(0))
+    align = tuning.alignment(cols, x.element_size())
     with tuning.device_of(x):
         _gemm_batch_kernel[(row_blocks * triton.cdiv(cols, tile.block_n),)](
             x,
@@ -111,18 +95,8 @@ def batch_forward(
             z,
             partial,
             count,
-            rows,
-            cols,
-            inner,
-            *strides,
-            ALIGN_K=tuning.alignment(inner, x.element_size(), *strides),
-            ALIGN_N=tuning.alignment(cols, x.element_size()),
-            EVEN_K=inner % tile.block_k == 0,
-            PRECISION=precision,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            STAGES=tile.stages,
+            *(rows, cols, inner, x.stride(0), weight.stride(0)),
+            TILE=product_tile(x, weight, tile, precision, align),
             num_warps=tile.num_warps,
         )
         merge_chunks(partial, count, (mean, variance, None), cols, device)

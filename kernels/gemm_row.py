@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..spec import ACTIVATION_NAMES, NORM_NAMES, STATISTICS
 from . import gemm_tuning, tuning
-from .gemm_tile import add_bias, product, tile_of_program
+from .gemm_tile import product_tile, write_product
 from .gemm_tma import can_describe, plain_forward
+from .output import form_of
 from .row_epilogue import write_rows
-from .tile import row_offset
 
 # Runtime integers whose value must not compile a new kernel: alignment is passed as ALIGN instead.
 INTEGERS = ("rows", "cols", "inner", "stride_xm", "stride_wn", "stride_rm", "threshold")
@@ -33,9 +33,7 @@ INTEGERS = ("rows", "cols", "inner", "stride_xm", "stride_wn", "stride_rm", "thr
 def _gemm_row_kernel(
     x_ptr,
     weight_ptr,
-    bias_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
+    parameters,
     residual_ptr,
     z_ptr,
     y_ptr,
@@ -47,49 +45,28 @@ def _gemm_row_kernel(
     stride_xm,
     stride_wn,
     stride_rm,
-    eps,
-    alpha,
-    beta,
+    scalars,
     threshold,
-    NORM: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ALIGN_K: tl.constexpr,
-    ALIGN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PTX: tl.constexpr,
-    PER_THREAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
+    FORM: tl.constexpr,
+    TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """One tile a program: whole rows under a norm, any part of them without."""
-    row0, col0 = tile_of_program(tl.program_id(0), rows, cols, NORM is not None, BLOCK_M, BLOCK_N)
-    row = row0 + tl.arange(0, BLOCK_M)
-    column = col0 + tl.arange(0, BLOCK_N)
-    row_mask = row < rows
-    column_mask = column < (cols // ALIGN_N) * ALIGN_N
-    z = product(
-        *(x_ptr, weight_ptr, row, row_mask, column, column_mask, inner, stride_xm, stride_wn),
-        *(ALIGN_K, EVEN_K, PRECISION, BLOCK_K, STAGES),
-    )
-    z = add_bias(z, bias_ptr, column, column_mask).to(y_ptr.dtype.element_ty)
+    bias_ptr, norm_weight_ptr, norm_bias_ptr = parameters
     if z_ptr is None:
         z_ptr = y_ptr
-    mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(z_ptr + row_offset(row, cols, ALIGN_N) + column[None, :], z, mask=mask)
+    _z, row0, col0, _row_mask, _column, _column_mask = write_product(
+        *(x_ptr, weight_ptr, bias_ptr, z_ptr, rows, cols, inner, stride_xm, stride_wn),
+        *(FORM.NORM is not None, TILE),
+    )
     # All of the program's threads now see z in memory.
     tl.debug_barrier()
-    present = tl.minimum(rows - row0, BLOCK_M).to(tl.int32)
+    present = tl.minimum(rows - row0, TILE.BLOCK_M).to(tl.int32)
     for step in tl.range(0, present, STEP):
         write_rows(
-            *(z_ptr, None, norm_weight_ptr, norm_bias_ptr, residual_ptr, y_ptr, statistics_ptr),
-            *(seed_ptr, row0 + step + tl.arange(0, STEP), col0, rows, cols, cols, stride_rm, cols),
-            *(eps, alpha, beta, threshold, NORM, ACTIVATION, ALIGN_N, EVEN_N, PTX, PER_THREAD),
-            *(STEP, BLOCK_N),
+            *(z_ptr, (None, norm_weight_ptr, norm_bias_ptr), residual_ptr, y_ptr),
+            *(statistics_ptr, seed_ptr, row0 + step + tl.arange(0, STEP), col0),
+            *(rows, cols, cols, stride_rm, cols, scalars, threshold, FORM, TILE.BLOCK_N),
         )
 
 
@@ -143,11 +120,11 @@ def linear_row_forward(
         if plain is not None and can_describe(x, weight, residual, y):
             plain_forward(
                 *(x, weight, bias, residual, seed, z if save_z else None, y),
-                ACTIVATION_NAMES[activation],
-                (alpha, beta, threshold),
-                precision,
-                plain,
-                device,
+                (eps, alpha, beta),
+                threshold,
+                form_of(x, device, None, ACTIVATION_NAMES[activation], threshold, align=1),
+                product_tile(x, weight, plain, precision, align=1),
+                plain.num_warps,
             )
             return y, z, statistics
     tile = gemm_tuning.row_tile(cols, kind, device.arch, device.warp_size)
@@ -156,42 +133,24 @@ def linear_row_forward(
     col_blocks = 1 if name else triton.cdiv(cols, tile.block_n)
     if name is None:
         norm_weight = norm_bias = None
-    strides = (x.stride(0), weight.stride(0))
     stride_rm = cols if residual is None else residual.stride(0)
+    align = tuning.alignment(cols, x.element_size(), stride_rm)
+    even = cols == tile.block_n
     with tuning.device_of(x):
         _gemm_row_kernel[(triton.cdiv(rows, tile.block_m) * col_blocks,)](
             x,
             weight,
-            bias,
-            norm_weight,
-            norm_bias,
+            (bias, norm_weight, norm_bias),
             residual,
             z if save_z else None,
             y,
             statistics if name else None,
             seed,
-            rows,
-            cols,
-            inner,
-            *strides,
-            stride_rm,
-            eps,
-            alpha,
-            beta,
+            *(rows, cols, inner, x.stride(0), weight.stride(0), stride_rm),
+            (eps, alpha, beta),
             threshold,
-            NORM=name,
-            ACTIVATION=ACTIVATION_NAMES[activation],
-            ALIGN_K=tuning.alignment(inner, x.element_size(), *strides),
-            ALIGN_N=tuning.alignment(cols, x.element_size(), stride_rm),
-            EVEN_K=inner % tile.block_k == 0,
-            EVEN_N=cols == tile.block_n,
-            PRECISION=precision,
-            PTX=device.arch > 0,
-            PER_THREAD=min(8, 16 // x.element_size()),
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            STAGES=tile.stages,
+            FORM=form_of(x, device, name, ACTIVATION_NAMES[activation], threshold, align, even),
+            TILE=product_tile(x, weight, tile, precision, align),
             STEP=tile.step,
             num_warps=tile.num_warps,
         )

@@ -15,7 +15,7 @@ Formula of the gradient: Ba, Kiros, Hinton, "Layer normalization", 2016, differe
 import triton
 import triton.language as tl
 
-from .tile import load_columns, load_first, load_tile, row_offset
+from .tile import Place, load_columns, load_first, load_rows, row_offset
 
 
 @triton.jit
@@ -85,13 +85,21 @@ def load_statistics(ptr, row, rows, NORM: tl.constexpr):
 
 
 @triton.jit
-def affine(xhat, norm_weight, norm_bias):
-    """xhat · norm_weight + norm_bias; either may be absent."""
-    if norm_weight is not None:
-        xhat = xhat * norm_weight
-    if norm_bias is not None:
-        xhat = xhat + norm_bias
-    return xhat
+def affine(x, rstd, norm_weight_ptr, norm_bias_ptr, column, column_mask):
+    """(xhat · norm_weight + norm_bias, xhat) of these columns; either parameter may be absent."""
+    norm_weight = (
+        load_columns(norm_weight_ptr, column, column_mask) if norm_weight_ptr is not None else None
+    )
+    norm_bias = (
+        load_columns(norm_bias_ptr, column, column_mask) if norm_bias_ptr is not None else None
+    )
+    xhat = x * rstd[:, None]
+    h = xhat
+    if norm_weight_ptr is not None:
+        h = h * norm_weight
+    if norm_bias_ptr is not None:
+        h = h + norm_bias
+    return h, xhat
 
 
 @triton.jit
@@ -121,8 +129,7 @@ def walk_statistics(
     rows,
     cols,
     stride_zm,
-    NORM: tl.constexpr,
-    ALIGN: tl.constexpr,
+    FORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -130,19 +137,19 @@ def walk_statistics(
 
     `first` as in `row_statistics`, mean and m2 as in `merge_statistics`.
     """
-    z_offset = row_offset(row, stride_zm, ALIGN)
-    end = (cols // ALIGN) * ALIGN
+    z_offset = row_offset(row, stride_zm, FORM.ALIGN)
+    end = (cols // FORM.ALIGN) * FORM.ALIGN
     first = tl.zeros((BLOCK_M,), tl.float32)
-    if NORM == "layer":
+    if FORM.NORM == "layer":
         first = load_first(z_ptr, row, stride_zm, row < rows, bias_ptr)
     mean = tl.zeros((BLOCK_M,), tl.float32)  # of z + bias - first
     m2 = tl.zeros((BLOCK_M,), tl.float32)
     for col0 in tl.range(0, cols, BLOCK_N):
         column = col0 + tl.arange(0, BLOCK_N)
         column_mask = column < end
-        bias = load_columns(bias_ptr, column, column_mask) if bias_ptr is not None else None
-        x = load_tile(z_ptr, z_offset + column[None, :], column_mask[None, :], bias)
+        place = Place(z_ptr, z_offset, column[None, :], column_mask[None, :])
+        x = load_rows(place, bias_ptr, column, column_mask)
         seen = tl.cast(col0, tl.float32)
         new = tl.cast(tl.minimum(cols - col0, BLOCK_N), tl.float32)
-        mean, m2 = merge_statistics(x, first, column_mask, seen, new, mean, m2, NORM)
+        mean, m2 = merge_statistics(x, first, column_mask, seen, new, mean, m2, FORM.NORM)
     return first, mean, m2

@@ -11,6 +11,8 @@ needs, after which any part of a row can be treated by itself, as without a norm
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from ..spec import (
     ACTIVATION_NAMES,
+    GATED_ACTIVATIONS,
     NORM_NAMES,
     WANT_BIAS,
     WANT_NORM_BIAS,
@@ -25,23 +28,28 @@ from ..spec import (
     is_gated,
 )
 from . import tuning
-from .activation import activate_grad
 from .column_sum import sum_columns
-from .dropout import dropout_multiplier
-from .gated import half_of
-from .gated_backward import gated_backward
-from .norm import affine, centre, load_statistics, row_gradient, row_gradient_means
-from .row_sums import BACKWARD_INTEGERS, row_sums
-from .tile import load_columns, load_tile, row_offset
+from .gated import half_of, is_wide
+from .gated_backward import backward_kernel, sums_kernel
+from .norm import centre, load_statistics, row_gradient, row_gradient_means
+from .output import Drop, form_of, output_gradient
+from .row_sums import BACKWARD_INTEGERS, _row_sums_kernel, row_sums
+from .tile import Place, load_columns, load_place, row_offset
+
+
+class Wanted(NamedTuple):
+    """Which sums over the rows a kernel makes."""
+
+    norm_weight: bool
+    norm_bias: bool
+    bias: bool
 
 
 @triton.jit(do_not_specialize=BACKWARD_INTEGERS)
 def _row_bwd_kernel(
     dy_ptr,
     z_ptr,
-    bias_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
+    parameters,
     statistics_ptr,
     sums_ptr,
     seed_ptr,
@@ -51,20 +59,13 @@ def _row_bwd_kernel(
     cols,
     stride_dym,
     stride_zm,
-    alpha,
-    beta,
+    scalars,
     threshold,
-    NORM: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PTX: tl.constexpr,
-    PER_THREAD: tl.constexpr,
+    FORM: tl.constexpr,
+    WANTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    WANT_NORM_WEIGHT: tl.constexpr,
-    WANT_NORM_BIAS: tl.constexpr,
-    WANT_BIAS: tl.constexpr,
 ):
     """dz, and this program's column sums: partial_ptr is [sums wanted, row programs, cols].
 
@@ -72,16 +73,16 @@ def _row_bwd_kernel(
     With STAGES = 2 the next rows are on their way while these are computed, and the parameters stay
     in registers; with 1 there is no room for either, and the parameters come from L1 every time.
     """
+    bias_ptr, norm_weight_ptr, norm_bias_ptr = parameters
+    ALIGN: tl.constexpr = FORM.ALIGN
     # Parts of rows only where no sum along the row is taken here.
-    col_blocks = tl.cdiv(cols, BLOCK_N) if NORM is None or sums_ptr is not None else 1
+    col_blocks = tl.cdiv(cols, BLOCK_N) if FORM.NORM is None or sums_ptr is not None else 1
     pid = tl.program_id(0)
     row_programs = tl.num_programs(0) // col_blocks
     row_program = pid // col_blocks
     col0 = (pid % col_blocks) * BLOCK_N
     column = col0 + tl.arange(0, BLOCK_N)
     column_mask = column < (cols // ALIGN) * ALIGN
-    alpha = tl.cast(alpha, tl.float32)
-    beta = tl.cast(beta, tl.float32)
     if STAGES > 1:
         bias = load_columns(bias_ptr, column, column_mask) if bias_ptr is not None else None
         norm_weight = (
@@ -92,22 +93,21 @@ def _row_bwd_kernel(
         norm_bias = (
             load_columns(norm_bias_ptr, column, column_mask) if norm_bias_ptr is not None else None
         )
-    if WANT_NORM_WEIGHT:
+    if WANTED.norm_weight:
         dnorm_weight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if WANT_NORM_BIAS:
+    if WANTED.norm_bias:
         dnorm_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if WANT_BIAS:
+    if WANTED.bias:
         dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
+    seed = tl.load(seed_ptr) if seed_ptr is not None else None
 
     for tile in tl.range(row_program, tl.cdiv(rows, BLOCK_M), row_programs, num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         row_mask = row < rows
         mask = row_mask[:, None] & column_mask[None, :]
-        offset = row_offset(row, stride_dym, ALIGN) + column[None, :]
-        g = tl.load(dy_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        offset = row_offset(row, stride_dym, ALIGN)
+        g = load_place(Place(dy_ptr, offset, column[None, :], mask))
         z_offset = row_offset(row, stride_zm, ALIGN)
         if STAGES == 1:
             bias = load_columns(bias_ptr, column, column_mask) if bias_ptr is not None else None
@@ -121,18 +121,22 @@ def _row_bwd_kernel(
                 if norm_bias_ptr is not None
                 else None
             )
-        h = load_tile(z_ptr, z_offset + column[None, :], mask, bias)
-        if NORM is not None:
-            mean, rstd = load_statistics(statistics_ptr, row, rows, NORM)
-            xhat = centre(h, mean, None, NORM, True) * rstd[:, None]
-            h = affine(xhat, norm_weight, norm_bias)
-        if seed_ptr is not None:
-            g *= dropout_multiplier(seed, row, col0, cols, threshold, PER_THREAD, BLOCK_M, BLOCK_N)
-        g = activate_grad(g, h, alpha, beta, ACTIVATION, PTX)
-        if WANT_NORM_BIAS:
+        h = load_place(Place(z_ptr, z_offset, column[None, :], mask))
+        if bias_ptr is not None:
+            h += bias
+        if FORM.NORM is not None:
+            mean, rstd = load_statistics(statistics_ptr, row, rows, FORM.NORM)
+            xhat = centre(h, mean, None, FORM.NORM, True) * rstd[:, None]
+            h = xhat
+            if norm_weight_ptr is not None:
+                h *= norm_weight
+            if norm_bias_ptr is not None:
+                h += norm_bias
+        g = output_gradient(g, h, None, Drop(seed, row, col0, cols, threshold), scalars, FORM)
+        if WANTED.norm_bias:
             dnorm_bias += g
-        if NORM is not None:
-            if WANT_NORM_WEIGHT:
+        if FORM.NORM is not None:
+            if WANTED.norm_weight:
                 dnorm_weight += g * xhat
             if norm_weight_ptr is not None:
                 g = g * norm_weight
@@ -140,22 +144,22 @@ def _row_bwd_kernel(
                 mean_g = tl.load(sums_ptr + row, mask=row_mask, other=0.0)
                 mean_gx = tl.load(sums_ptr + rows + row, mask=row_mask, other=0.0)
             else:
-                mean_g, mean_gx = row_gradient_means(g, xhat, cols, NORM)
-            g = row_gradient(g, xhat, rstd, mean_g, mean_gx, NORM)
-        if WANT_BIAS:
+                mean_g, mean_gx = row_gradient_means(g, xhat, cols, FORM.NORM)
+            g = row_gradient(g, xhat, rstd, mean_g, mean_gx, FORM.NORM)
+        if WANTED.bias:
             dbias += g
         tl.store(dz_ptr + row_offset(row, cols, ALIGN) + column[None, :], g, mask=mask)
 
     if partial_ptr is not None:
         plane = tl.cast(row_programs, tl.int64) * cols
         partial_ptr += tl.multiple_of(tl.cast(row_program, tl.int64) * cols, ALIGN)
-        if WANT_NORM_WEIGHT:
+        if WANTED.norm_weight:
             tl.store(partial_ptr + column, tl.sum(dnorm_weight, 0), mask=column_mask)
             partial_ptr += tl.multiple_of(plane, ALIGN)
-        if WANT_NORM_BIAS:
+        if WANTED.norm_bias:
             tl.store(partial_ptr + column, tl.sum(dnorm_bias, 0), mask=column_mask)
             partial_ptr += tl.multiple_of(plane, ALIGN)
-        if WANT_BIAS:
+        if WANTED.bias:
             tl.store(partial_ptr + column, tl.sum(dbias, 0), mask=column_mask)
 
 
@@ -194,73 +198,73 @@ def row_backward(
     Raises:
         ValueError: a gated activation, and an odd number of columns.
     """
-    rows, cols = z.shape
-    activation_name = ACTIVATION_NAMES[activation]
-    if is_gated(activation):
-        half_of(cols, "row_backward", str(activation_name))
-    name = NORM_NAMES[norm]
+    name, activation_name = NORM_NAMES[norm], ACTIVATION_NAMES[activation]
+    gated = is_gated(activation)
+    if gated:
+        half_of(z.shape[1], "row_backward", str(activation_name))
+        activation_name = GATED_ACTIVATIONS[str(activation_name)].gate
+    rows, cols = dy.shape
     if name is None:
         norm_weight = norm_bias = None
-    empty = rows == 0 or cols == 0
-    dz = z.new_empty((rows, cols))
+    dz = z.new_empty(z.shape)
     # A sum takes the dtype of its owner; the order is that of the kernel's planes.
-    owners = {
-        "WANT_NORM_WEIGHT": norm_weight if wanted & WANT_NORM_WEIGHT else None,
-        "WANT_NORM_BIAS": norm_bias if wanted & WANT_NORM_BIAS else None,
-        "WANT_BIAS": z if wanted & WANT_BIAS else None,
-    }
+    owners = (
+        norm_weight if wanted & WANT_NORM_WEIGHT else None,
+        norm_bias if wanted & WANT_NORM_BIAS else None,
+        z if wanted & WANT_BIAS else None,
+    )
     gradients = [
         z.new_empty((0,), dtype=torch.float32)
         if owner is None
-        else (owner.new_zeros if empty else owner.new_empty)((cols,))
-        for owner in owners.values()
+        else (owner.new_empty if rows and cols else owner.new_zeros)(z.shape[1])
+        for owner in owners
     ]
     dnorm_weight, dnorm_bias, dbias = gradients
-    if empty:
+    if rows == 0 or cols == 0:
         return dz, dnorm_weight, dnorm_bias, dbias
-    inputs = (dy, z, bias, norm_weight, norm_bias, statistics if name else None)
-    seed_arg = seed if threshold else None
     made = [g for g in gradients if g.numel()]
-    wants = {flag: owner is not None for flag, owner in owners.items()}
-    if is_gated(activation):
-        out = (dz, made, wants)
-        gated_backward(inputs, seed_arg, *out, name, str(activation_name), threshold)
-        return dz, dnorm_weight, dnorm_bias, dbias
-    device = tuning.device(z)
-    scalars = (rows, cols, dy.stride(0), z.stride(0), alpha, beta, threshold)
-    align = tuning.alignment(cols, z.element_size(), dy.stride(0), z.stride(0))
-    flags = {
-        "NORM": name,
-        "ACTIVATION": activation_name,
-        "ALIGN": align,
-        "PTX": device.arch > 0,
-        "PER_THREAD": min(8, 16 // z.element_size()),
-    }
-    wide = align * z.element_size() == 16 and (dy.data_ptr() | z.data_ptr()) % 16 == 0
-    tile = tuning.backward_tile(cols, name, len(made), z.element_size(), device, wide)
+    itemsize, device = z.element_size(), tuning.device(z)
+    align = tuning.alignment(cols, itemsize, dy.stride(0), z.stride(0))
+    wide = is_wide(align, dy, z)
+    options: dict[str, int] = {}
+    if gated:
+        kernel, tile, stages, options = backward_kernel(
+            cols, name, len(made), itemsize, device, wide
+        )
+    else:
+        kernel = _row_bwd_kernel
+        tile = tuning.backward_tile(cols, name, len(made), itemsize, device, wide)
+        stages = tuning.backward_stages(tile)
     col_blocks = triton.cdiv(cols, tile.block_n)
+    parameters = (bias, norm_weight, norm_bias)
+    inputs = (dy, z, parameters, statistics if name else None)
+    seed = seed if threshold else None
+    scalars = (rows, cols, dy.stride(0), z.stride(0), (eps, alpha, beta), threshold)
+    form = form_of(z, device, name, activation_name, threshold, align)
     with tuning.device_of(z):
         sums = None
         if name and col_blocks > 1:
-            sums = row_sums(inputs, seed_arg, scalars, flags)
-        row_tiles = triton.cdiv(rows, tile.block_m)
-        programs = tuning.programs(row_tiles, col_blocks, tile, device)
+            means = (_row_sums_kernel, tuning.row_sums_tile(device), {})
+            how = sums_kernel(device) if gated else means
+            sums = row_sums(inputs, seed, scalars, form, *how)
+        programs = tuning.programs(triton.cdiv(rows, tile.block_m), col_blocks, tile, device)
         partial = None
         if made:
-            partial = z.new_empty((len(made), programs, cols), dtype=torch.float32)
-        _row_bwd_kernel[(programs * col_blocks,)](
+            partial = z.new_empty((len(made), programs, z.shape[1]), dtype=torch.float32)
+        kernel[(programs * col_blocks,)](
             *inputs,
             sums,
-            seed_arg,
+            seed,
             dz,
             partial,
             *scalars,
-            **flags,
-            **wants,
+            FORM=form,
+            WANTED=Wanted(*(owner is not None for owner in owners)),
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
-            STAGES=tuning.backward_stages(tile),
+            STAGES=stages,
             num_warps=tile.num_warps,
+            **options,
         )
         if partial is not None:
             sum_columns(partial, made)

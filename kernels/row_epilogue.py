@@ -1,25 +1,20 @@
 """The row epilogue of one tile, from memory to memory.
 
-    y = residual + dropout(activation(norm(z + bias)))
-
-Everything is float32 between one load and one rounding at the store.
+y = residual + dropout(activation(norm(z + bias)))
 """
 
 import triton
 import triton.language as tl
 
-from .activation import activate
-from .dropout import dropout_multiplier
 from .norm import affine, row_statistics, store_statistics
-from .tile import load_columns, load_first, load_tile, row_offset
+from .output import Drop, write_output
+from .tile import Place, load_first, load_rows, row_offset
 
 
 @triton.jit
 def write_rows(
     z_ptr,
-    bias_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
+    parameters,
     residual_ptr,
     y_ptr,
     statistics_ptr,
@@ -31,49 +26,35 @@ def write_rows(
     stride_zm,
     stride_rm,
     stride_ym,
-    eps,
-    alpha,
-    beta,
+    scalars,
     threshold,
-    NORM: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ALIGN: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    PTX: tl.constexpr,
-    PER_THREAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    FORM: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y, and under a norm the statistics: the tile then holds whole rows, and col0 is 0."""
+    """y, and under a norm the statistics: the tile then holds whole rows, and col0 is 0.
+
+    parameters: bias, norm_weight and norm_bias.
+    """
+    bias_ptr, norm_weight_ptr, norm_bias_ptr = parameters
     column = col0 + tl.arange(0, BLOCK_N)
     row_mask = row < rows
-    column_mask = column < (cols // ALIGN) * ALIGN
+    column_mask = column < (cols // FORM.ALIGN) * FORM.ALIGN
     mask = row_mask[:, None] & column_mask[None, :]
 
-    z_offset = row_offset(row, stride_zm, ALIGN)
-    bias = load_columns(bias_ptr, column, column_mask) if bias_ptr is not None else None
-    h = load_tile(z_ptr, z_offset + column[None, :], mask, bias)  # [BLOCK_M, BLOCK_N]
-    if NORM is not None:
-        first = tl.zeros((BLOCK_M,), tl.float32)
-        if NORM == "layer":
+    z_offset = row_offset(row, stride_zm, FORM.ALIGN)
+    place = Place(z_ptr, z_offset, column[None, :], mask)
+    h = load_rows(place, bias_ptr, column, column_mask)  # [BLOCK_M, BLOCK_N]
+    if FORM.NORM is not None:
+        first = tl.zeros((row.shape[0],), tl.float32)
+        if FORM.NORM == "layer":
             first = load_first(z_ptr, row, stride_zm, row_mask, bias_ptr)
-        eps = tl.cast(eps, tl.float32)
-        h, mean, rstd = row_statistics(h, first, column_mask, cols, eps, NORM, EVEN_N)
-        store_statistics(statistics_ptr, row, rows, mean, rstd, NORM)
-        norm_weight = (
-            load_columns(norm_weight_ptr, column, column_mask)
-            if norm_weight_ptr is not None
-            else None
-        )
-        norm_bias = (
-            load_columns(norm_bias_ptr, column, column_mask) if norm_bias_ptr is not None else None
-        )
-        h = affine(h * rstd[:, None], norm_weight, norm_bias)
-    y = activate(h, tl.cast(alpha, tl.float32), tl.cast(beta, tl.float32), ACTIVATION, PTX)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        y *= dropout_multiplier(seed, row, col0, cols, threshold, PER_THREAD, BLOCK_M, BLOCK_N)
-    if residual_ptr is not None:
-        offset = row_offset(row, stride_rm, ALIGN) + column[None, :]
-        y += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row_offset(row, stride_ym, ALIGN) + column[None, :], y, mask=mask)
+        eps = tl.cast(scalars[0], tl.float32)
+        h, mean, rstd = row_statistics(h, first, column_mask, cols, eps, FORM.NORM, FORM.EVEN_N)
+        store_statistics(statistics_ptr, row, rows, mean, rstd, FORM.NORM)
+        h, _ = affine(h, rstd, norm_weight_ptr, norm_bias_ptr, column, column_mask)
+    write_output(
+        *(h, None, Drop(seed_ptr, row, col0, cols, threshold)),
+        Place(residual_ptr, row_offset(row, stride_rm, FORM.ALIGN), column[None, :], mask),
+        Place(y_ptr, row_offset(row, stride_ym, FORM.ALIGN), column[None, :], mask),
+        *(scalars, FORM),
+    )

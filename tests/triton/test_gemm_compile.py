@@ -99,7 +99,7 @@ def check(launch: Launch, arch: str, *, matrix: bool = True) -> None:
     binary = audit(launch, arch)
     found = opcodes(launch, arch)
     copies = {name: n for name, n in found.items() if name.startswith(("LDGSTS", "UTMA"))}
-    what = f"{launch.kernel.__name__} {launch.arguments['BLOCK_N']} on {arch}: {binary} {copies}"
+    what = f"{launch.kernel.__name__} {launch.values['BLOCK_N']} on {arch}: {binary} {copies}"
     # What is stored and never read is no spill: with triton 3.6 on sm_120 each TMA load does that.
     reloads = sum(n for name, n in found.items() if name.startswith("LDL"))
     assert binary.spills == 0 or (arch == "sm_120" and reloads == 0), what
