@@ -8,13 +8,14 @@ z is contiguous and seen in memory order: (samples, channels, positions), or wit
 
 from __future__ import annotations
 
+import triton
 from torch import Tensor
 
 from . import tuning
 from .channel_apply import apply
 from .channel_backward import channel_backward, channel_gradient, channel_sums
-from .channel_held import held_forward
-from .channel_loop import loop_forward
+from .channel_held import _channel_held_fwd_kernel
+from .channel_loop import _channel_loop_fwd_kernel
 from .channel_problem import problem_of
 from .channel_statistics import empty_statistics, split_statistics
 
@@ -26,6 +27,8 @@ __all__ = [
     "channel_statistics",
     "channel_sums",
 ]
+# By the way that channel_tuning.py chooses; the third, "split", is two other kernels.
+FORWARD = {"held": _channel_held_fwd_kernel, "loop": _channel_loop_fwd_kernel}
 
 
 def channel_statistics(
@@ -92,9 +95,19 @@ def channel_forward(
         apply(z, (mean, variance), parameters, residual, mask, seed, y, problem)
         return y, mean, variance, count
     statistics = empty_statistics(z, mask, problem)
-    inputs = (z, *parameters, residual, mask, seed if threshold else None)
-    {"held": held_forward, "loop": loop_forward}[way](inputs, y, statistics, problem, tile)
-    return y, *statistics
+    mean, variance, count = statistics
+    device = tuning.device(z)
+    with tuning.device_of(z):
+        FORWARD[way][(problem.samples * triton.cdiv(problem.groups, tile.groups),)](
+            *(z, parameters, residual, mask, seed if threshold else None, y),
+            (mean, variance, count if count.numel() else None),
+            *(problem.channels, problem.positions, problem.groups),
+            *(problem.scalars, threshold),
+            FORM=problem.form(device, mask),
+            TILE=problem.tile_form(tile),
+            num_warps=tile.num_warps,
+        )
+    return y, mean, variance, count
 
 
 def channel_apply(

@@ -12,19 +12,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .channel_epilogue import load_normalizer, write_output
+from .channel_epilogue import drop_rows, load_normalizer
 from .channel_problem import Problem
 from .channel_statistics import segment_of_program
-from .channel_tile import INTEGERS, channel_end, load_tile, statistic_of
+from .channel_tile import INTEGERS, At, channel_end, load_tile, statistic_of
+from .output import Drop, write_output
+from .tile import Place
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _channel_apply_kernel(
     z_ptr,
-    mean_ptr,
-    variance_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
+    statistics,
+    parameters,
     residual_ptr,
     mask_ptr,
     seed_ptr,
@@ -35,64 +35,42 @@ def _channel_apply_kernel(
     groups,
     chunks,
     steps,
-    eps,
-    alpha,
-    beta,
+    scalars,
     threshold,
-    ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    LAST: tl.constexpr,
-    SHARED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PTX: tl.constexpr,
-    PER_THREAD: tl.constexpr,
-    UNITS: tl.constexpr,
-    RUN: tl.constexpr,
+    FORM: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One chunk of `steps` tiles of a segment of `samples` samples."""
+    UNITS: tl.constexpr = TILE.UNITS
+    ALIGN: tl.constexpr = FORM.ALIGN
+    LAST: tl.constexpr = FORM.LAST
+    SHARED: tl.constexpr = FORM.SHARED
+    WIDTH: tl.constexpr = FORM.WIDTH
+    RUN: tl.constexpr = TILE.RUN
     blocks = tl.cdiv(positions, RUN)
     segment, _chunk, channel0, tile0, tile1 = segment_of_program(
         channels, chunks, steps, samples * blocks, UNITS
     )
     channel = channel0 + tl.arange(0, UNITS)
     channel_mask = channel < channel_end(channels, ALIGN, LAST)
-    if mean_ptr is not None:
+    if statistics[0] is not None:
         index = statistic_of(segment, channel, groups, SHARED, WIDTH)
         mean, rstd, weight, bias = load_normalizer(
-            mean_ptr,
-            variance_ptr,
-            norm_weight_ptr,
-            norm_bias_ptr,
-            index,
-            channel,
-            channel_mask,
-            eps,
-            LAST,
+            statistics, parameters, index, channel, channel_mask, scalars, LAST
         )
         scale = weight * rstd
     seed = tl.load(seed_ptr) if seed_ptr is not None else None
     for tile in tl.range(tile0, tile1):
         sample = segment * samples + tl.cast(tile, tl.int32) // blocks
         position0 = tl.cast(tile, tl.int32) % blocks * RUN
-        h, row, offset, mask, inside, _count = load_tile(
-            *(z_ptr, mask_ptr, sample, channel, channel_mask),
-            *(position0, channels, positions, ALIGN, LAST, RUN),
-        )
-        if mean_ptr is not None:
+        at = At(sample, channel, channel_mask, channel0, position0, channels, positions)
+        h, row, offset, mask, inside, _count = load_tile(z_ptr, mask_ptr, at, FORM, RUN)
+        if statistics[0] is not None:
             h = (h - mean) * scale + bias
         write_output(
-            h,
-            residual_ptr,
-            y_ptr,
-            row,
-            offset,
-            mask,
-            inside,
-            seed,
-            *(sample, channel, channel0, position0, channels, positions),
-            *(alpha, beta, threshold, ACTIVATION, DROPOUT),
-            *(mask_ptr is not None, PTX, PER_THREAD, LAST),
+            *(h, None, Drop(seed, *drop_rows(row, at, FORM), threshold)),
+            *(Place(residual_ptr, offset, None, inside), Place(y_ptr, offset, None, mask)),
+            *(scalars, FORM),
         )
 
 
@@ -119,17 +97,15 @@ def apply(
     with tuning.device_of(z):
         _channel_apply_kernel[(walk.blocks(tile) * chunks,)](
             z,
-            *statistics,
-            *parameters,
+            statistics,
+            parameters,
             residual,
             mask,
             seed if problem.threshold else None,
             y,
             *(walk.samples, walk.channels, walk.positions, problem.groups, chunks, steps),
-            *(problem.eps, problem.alpha, problem.beta, problem.threshold),
-            **problem.flags(device),
-            SHARED=problem.shared,
-            UNITS=tile.units,
-            RUN=tile.run,
+            *(problem.scalars, problem.threshold),
+            FORM=problem.form(device, mask),
+            TILE=problem.tile_form(tile),
             num_warps=tile.num_warps,
         )

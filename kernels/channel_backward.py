@@ -6,85 +6,20 @@ Sums over programs are finished in a second stage and a fixed order: no atomics,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..spec import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
 from . import channel_tuning, tuning
-from .channel_gradient import walk_backward
-from .channel_held_backward import held_backward
-from .channel_loop_backward import loop_backward
+from .channel_gradient import Made, walk_backward
+from .channel_group_sums import group_sums
+from .channel_held_backward import _channel_held_bwd_kernel
+from .channel_loop_backward import _channel_loop_bwd_kernel
 from .channel_problem import Problem, problem_of
 from .column_sum import sum_columns
-
-
-@triton.jit(do_not_specialize=("channels", "groups", "chunks"))
-def _channel_group_sum_kernel(
-    partial_ptr,
-    norm_weight_ptr,
-    sum_g_ptr,
-    sum_gx_ptr,
-    channels,
-    groups,
-    chunks,
-    WIDTH: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """Σ g and Σ g x̂ over the chunks and channels of BLOCK_G groups of a segment.
-
-    partial_ptr is [2, segments, chunks, channels]. Where several channels share a statistic, each
-    is multiplied by its weight. What is added up is one list of chunks · WIDTH entries.
-    """
-    group_blocks = tl.cdiv(groups, BLOCK_G)
-    segment = (tl.program_id(0) // group_blocks).to(tl.int64)
-    group = (tl.program_id(0) % group_blocks * BLOCK_G + tl.arange(0, BLOCK_G))[:, None]
-    plane = tl.cast(tl.num_programs(0) // group_blocks, tl.int64) * chunks * channels
-    partial_ptr += segment * chunks * channels
-    entries = chunks * WIDTH
-    total_g = tl.zeros((BLOCK_G, BLOCK_E), tl.float32)
-    total_gx = tl.zeros((BLOCK_G, BLOCK_E), tl.float32)
-    for entry0 in tl.range(0, entries, BLOCK_E):
-        entry = entry0 + tl.arange(0, BLOCK_E)[None, :]
-        mask = (group < groups) & (entry < entries)
-        channel = group * WIDTH + entry % WIDTH
-        offset = (entry // WIDTH).to(tl.int64) * channels + channel
-        g = tl.load(partial_ptr + offset, mask=mask, other=0.0)
-        gx = tl.load(partial_ptr + plane + offset, mask=mask, other=0.0)
-        if WIDTH > 1:
-            if norm_weight_ptr is not None:
-                weight = tl.load(norm_weight_ptr + channel, mask=mask, other=0.0).to(tl.float32)
-                g *= weight
-                gx *= weight
-        total_g += g
-        total_gx += gx
-    statistic = segment * groups + group
-    tl.store(sum_g_ptr + statistic, tl.sum(total_g, 1, keep_dims=True), mask=group < groups)
-    tl.store(sum_gx_ptr + statistic, tl.sum(total_gx, 1, keep_dims=True), mask=group < groups)
-
-
-def group_sums(
-    partial: Tensor, norm_weight: Tensor | None, problem: Problem
-) -> tuple[Tensor, Tensor]:
-    """float32 (segments, groups) each, as `walk_backward` takes them."""
-    _, segments, chunks, channels = partial.shape
-    sums = tuple(partial.new_empty((segments, problem.groups)) for _ in range(2))
-    tile = channel_tuning.merge_tile(problem.width, tuning.device(partial))
-    with tuning.device_of(partial):
-        _channel_group_sum_kernel[(segments * triton.cdiv(problem.groups, tile.block_m),)](
-            partial,
-            norm_weight,
-            *sums,
-            *(channels, problem.groups, chunks),
-            WIDTH=problem.width,
-            BLOCK_G=tile.block_m,
-            BLOCK_E=tile.block_n,
-            num_warps=tile.num_warps,
-        )
-    return sums[0], sums[1]
 
 
 def _total_sums(partial: Tensor, wanted: Sequence[Tensor | None]) -> None:
@@ -96,8 +31,43 @@ def _total_sums(partial: Tensor, wanted: Sequence[Tensor | None]) -> None:
             sum_columns(partial.flatten(1, -2), outputs)
 
 
+def _group_backward(
+    way: str,
+    inputs: tuple[Any, ...],
+    count: Tensor | None,
+    dz: Tensor,
+    with_sums: bool,
+    problem: Problem,
+    tile: channel_tuning.GroupTile,
+) -> Tensor:
+    """Writes dz; inputs: as `walk_backward`. Returns float32 (2, programs, channels), of g and g x̂.
+
+    The result is empty without `with_sums`.
+    """
+    device = tuning.device(dz)
+    blocks = triton.cdiv(problem.groups, tile.groups)
+    kernel, programs, options = _channel_loop_bwd_kernel, problem.samples, {}
+    if way == "held":
+        kernel = _channel_held_bwd_kernel
+        programs = channel_tuning.held_programs(problem.samples, blocks, tile, device)
+        options = channel_tuning.held_backward_options(tile, device)
+    shape = (2 if with_sums else 0, programs, problem.channels)
+    partial = dz.new_empty(shape, dtype=torch.float32)
+    with tuning.device_of(dz):
+        kernel[(programs * blocks,)](
+            *(*inputs, count, dz, partial if with_sums else None),
+            *(problem.samples, problem.channels, problem.positions, problem.groups),
+            *(problem.scalars, problem.threshold),
+            FORM=problem.form(device, inputs[4]),
+            TILE=problem.tile_form(tile),
+            num_warps=tile.num_warps,
+            **options,
+        )
+    return partial
+
+
 def _statistics_gradient(
-    inputs: tuple[Tensor | None, ...],
+    inputs: tuple[Any, ...],
     count: Tensor | None,
     wanted: tuple[Tensor | None, Tensor | None],
     dz: Tensor,
@@ -106,13 +76,12 @@ def _statistics_gradient(
     """Gradients through statistics that depend on z; wanted: dnorm_bias and dnorm_weight."""
     way, tile = problem.group_tile(backward=True, device=tuning.device(dz))
     if tile is not None:
-        backward = {"held": held_backward, "loop": loop_backward}[way]
         asked = any(t is not None for t in wanted)
-        partial = backward(inputs, count, dz, asked, problem, tile)
+        partial = _group_backward(way, inputs, count, dz, asked, problem, tile)
         if asked:
             _total_sums(partial, wanted)
         return
-    partial = walk_backward(inputs, problem, made=(True, True, False))
+    partial = walk_backward(inputs, problem, made=Made(g=True, gx=True))
     if problem.shared:
         # A gradient of float32 serves as the sum that dz needs as well.
         sums = [
@@ -122,7 +91,7 @@ def _statistics_gradient(
         _total_sums(partial, sums)
         missing = [t for t in wanted if t is not None and t.dtype != torch.float32]
     else:
-        sums = list(group_sums(partial, inputs[4], problem))
+        sums = list(group_sums(partial, inputs[3][0], problem))
         missing = [t for t in wanted if t is not None]
     if missing:
         _total_sums(partial, wanted)
@@ -193,10 +162,11 @@ def channel_backward(
         None if owner is None else (owner.new_zeros if zero else owner.new_empty)(problem.channels)
         for owner, zero in zip(owners, stays, strict=True)
     )
-    inputs = (dy, z, mean, variance, norm_weight, norm_bias, mask, seed if threshold else None)
+    seed = seed if threshold else None
+    inputs = (dy, z, (mean, variance), (norm_weight, norm_bias), mask, seed)
     if z.numel() and constant:
         sums = (dnorm_bias, dnorm_weight, dbias)
-        made = (dnorm_bias is not None, dnorm_weight is not None, dbias is not None)
+        made = Made(dnorm_bias is not None, dnorm_weight is not None, dbias is not None)
         partial = walk_backward(inputs, problem, made=made, dz=dz)
         _total_sums(partial, [t for t in sums if t is not None])
     elif z.numel():
@@ -237,8 +207,8 @@ def channel_sums(
         return z.new_zeros((2, problem.channels), dtype=torch.float32)
     sums = z.new_empty((2, problem.channels), dtype=torch.float32)
     seed = seed if threshold else None
-    inputs = (dy, z, mean, variance, norm_weight, norm_bias, mask, seed)
-    _total_sums(walk_backward(inputs, problem, made=(True, True, False)), [sums[0], sums[1]])
+    inputs = (dy, z, (mean, variance), (norm_weight, norm_bias), mask, seed)
+    _total_sums(walk_backward(inputs, problem, made=Made(g=True, gx=True)), [sums[0], sums[1]])
     return sums
 
 
@@ -272,6 +242,6 @@ def channel_gradient(
     dz = z.new_empty(z.shape)
     if z.numel():
         seed = seed if threshold else None
-        inputs = (dy, z, mean, variance, norm_weight, norm_bias, mask, seed)
+        inputs = (dy, z, (mean, variance), (norm_weight, norm_bias), mask, seed)
         walk_backward(inputs, problem, sums=(sums[0], sums[1]), count=count, dz=dz)
     return dz

@@ -10,14 +10,15 @@ larger than the deviation.
 import triton
 import triton.language as tl
 
-from .activation import activate, activate_grad
 from .channel_tile import by_channel, load_channels, load_tile
-from .dropout import channel_multiplier, dropout_multiplier
+from .output import Drop, output_gradient
+from .tile import Place, load_place
 
 
 @triton.jit
-def load_affine(weight_ptr, bias_ptr, channel, channel_mask, LAST: tl.constexpr):
+def load_affine(parameters, channel, channel_mask, LAST: tl.constexpr):
     """(weight, bias) of the channels; 1 and 0 where they are absent."""
+    weight_ptr, bias_ptr = parameters
     weight = by_channel(tl.full(channel.shape, 1.0, tl.float32), LAST)
     bias = weight * 0.0
     if weight_ptr is not None:
@@ -29,94 +30,31 @@ def load_affine(weight_ptr, bias_ptr, channel, channel_mask, LAST: tl.constexpr)
 
 @triton.jit
 def load_normalizer(
-    mean_ptr,
-    variance_ptr,
-    weight_ptr,
-    bias_ptr,
+    statistics,
+    parameters,
     index,  # statistic_of the channels
     channel,
     channel_mask,
-    eps,
+    scalars,
     LAST: tl.constexpr,
 ):
     """(mean, rstd, weight, bias) of the channels."""
-    mean = load_channels(mean_ptr, index, channel_mask, LAST)
-    variance = load_channels(variance_ptr, index, channel_mask, LAST)
-    weight, bias = load_affine(weight_ptr, bias_ptr, channel, channel_mask, LAST)
-    return mean, tl.rsqrt(variance + tl.cast(eps, tl.float32)), weight, bias
+    mean = load_channels(statistics[0], index, channel_mask, LAST)
+    variance = load_channels(statistics[1], index, channel_mask, LAST)
+    weight, bias = load_affine(parameters, channel, channel_mask, LAST)
+    return mean, tl.rsqrt(variance + tl.cast(scalars[0], tl.float32)), weight, bias
 
 
 @triton.jit
-def drop(
-    x,
-    seed,
-    row,
-    sample,
-    channel,
-    channel0,
-    position0,
-    channels,
-    positions,
-    threshold,
-    DROPOUT: tl.constexpr,
-    PER_THREAD: tl.constexpr,
-    LAST: tl.constexpr,
-):
-    """x times dropout's multiplier: of elements, of whole channels, or (None) 1.
-
-    x is the tile from channel0 and position0 on; the one along its rows is a multiple of 8.
-    """
-    if DROPOUT is None:
-        return x
-    elif DROPOUT == "channels":
-        return x * channel_multiplier(seed, sample, by_channel(channel, LAST), channels, threshold)
+def drop_rows(row, at, FORM: tl.constexpr):
+    """row, col0 and cols of a tile's `Drop`."""
+    LAST: tl.constexpr = FORM.LAST
+    if FORM.DROPOUT == "channels":
+        return at.sample, by_channel(at.channel, LAST), at.channels
+    elif LAST:
+        return row, at.channel0, at.channels
     else:
-        col0 = channel0 if LAST else position0
-        cols = channels if LAST else positions
-        return x * dropout_multiplier(
-            seed, row, col0, cols, threshold, PER_THREAD, x.shape[0], x.shape[1]
-        )
-
-
-@triton.jit
-def write_output(
-    h,
-    residual_ptr,
-    y_ptr,
-    row,
-    offset,
-    mask,
-    inside,
-    seed,
-    sample,
-    channel,
-    channel0,
-    position0,
-    channels,
-    positions,
-    alpha,
-    beta,
-    threshold,
-    ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    MASKED: tl.constexpr,
-    PTX: tl.constexpr,
-    PER_THREAD: tl.constexpr,
-    LAST: tl.constexpr,
-):
-    """residual + dropout(activation(h)) to y; 0 where `mask` holds but not `inside`: padding."""
-    y = activate(h, tl.cast(alpha, tl.float32), tl.cast(beta, tl.float32), ACTIVATION, PTX)
-    y = drop(
-        y,
-        seed,
-        *(row, sample, channel, channel0, position0, channels, positions),
-        *(threshold, DROPOUT, PER_THREAD, LAST),
-    )
-    if residual_ptr is not None:
-        y += tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    if MASKED:
-        y = tl.where(inside, y, 0.0)
-    tl.store(y_ptr + offset, y, mask=mask)
+        return row, at.position0, at.positions
 
 
 @triton.jit
@@ -128,48 +66,27 @@ def load_gradient(
     scale,
     bias,
     seed,
-    sample,
-    channel,
-    channel_mask,
-    channel0,
-    position0,
-    channels,
-    positions,
-    alpha,
-    beta,
+    at,
+    scalars,
     threshold,
-    ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PTX: tl.constexpr,
-    PER_THREAD: tl.constexpr,
-    LAST: tl.constexpr,
+    FORM: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """The gradient of a tile of h = d scale + bias from that of y.
+    """The gradient of a tile of h = d scale + bias from that of y; `at` is an `At`.
 
     mean, scale, bias: as they lie in a tile; None without a norm, where h = d = z.
 
     Returns:
         d and g [M, N], float32, where g is 0 outside; offset, mask and inside as `load_tile`.
     """
-    d, row, offset, mask, inside, _count = load_tile(
-        *(z_ptr, mask_ptr, sample, channel, channel_mask),
-        *(position0, channels, positions, ALIGN, LAST, RUN),
-    )
+    d, row, offset, mask, inside, _count = load_tile(z_ptr, mask_ptr, at, FORM, RUN)
     h = d
     if mean is not None:
         d -= mean
         h = d * scale + bias
-    g = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    g = drop(
-        g,
-        seed,
-        *(row, sample, channel, channel0, position0, channels, positions),
-        *(threshold, DROPOUT, PER_THREAD, LAST),
-    )
-    alpha = tl.cast(alpha, tl.float32)
-    g = activate_grad(g, h, alpha, tl.cast(beta, tl.float32), ACTIVATION, PTX)
-    if mask_ptr is not None:
+    g = load_place(Place(dy_ptr, offset, None, inside))
+    part = Drop(seed, *drop_rows(row, at, FORM), threshold)
+    g = output_gradient(g, h, None, part, scalars, FORM)
+    if FORM.MASKED:
         g = tl.where(inside, g, 0.0)
     return d, g, offset, mask, inside

@@ -13,6 +13,8 @@ Formula: Ioffe and Szegedy, "Batch normalization", 2015, section 3.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,7 @@ from .channel_problem import Problem
 from .channel_statistics import segment_of_program
 from .channel_tile import (
     INTEGERS,
+    At,
     by_channel,
     channel_end,
     load_channels,
@@ -32,12 +35,20 @@ from .channel_tile import (
 )
 
 
+class Made(NamedTuple):
+    """Which sums over a segment a walk makes: of g, of g x̂, and of g weight rstd."""
+
+    g: bool = False
+    gx: bool = False
+    dz: bool = False
+
+
+NONE_MADE = Made()
+
+
 @triton.jit
 def slope_and_offset(
-    sum_g_ptr,
-    sum_gx_ptr,
-    count_ptr,
-    elements,
+    sums,
     segment,
     index,
     channel_mask,
@@ -49,8 +60,10 @@ def slope_and_offset(
     """The terms of dz = g scale + d slope + offset that come from the statistics.
 
     The sums are those of a statistic: of g and g x̂, or where several channels share one (WIDTH
-    above 1) of g weight and g weight x̂. `elements` are behind each, where count_ptr is None.
+    above 1) of g weight and g weight x̂. With them: how many elements are behind each, a pointer
+    or None, and the number where it is None.
     """
+    sum_g_ptr, sum_gx_ptr, count_ptr, elements = sums
     count = tl.cast(elements, tl.float32)
     if count_ptr is not None:
         count = tl.load(count_ptr + segment).to(tl.float32)
@@ -62,19 +75,15 @@ def slope_and_offset(
     return slope, offset
 
 
-@triton.jit(do_not_specialize=(*INTEGERS, "elements"))
+@triton.jit(do_not_specialize=INTEGERS)
 def _channel_bwd_kernel(
     dy_ptr,
     z_ptr,
-    mean_ptr,
-    variance_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
+    statistics,
+    parameters,
     mask_ptr,
     seed_ptr,
-    sum_g_ptr,
-    sum_gx_ptr,
-    count_ptr,
+    sums,
     dz_ptr,
     partial_ptr,
     samples,
@@ -83,31 +92,23 @@ def _channel_bwd_kernel(
     groups,
     chunks,
     steps,
-    elements,
-    eps,
-    alpha,
-    beta,
+    scalars,
     threshold,
-    ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    LAST: tl.constexpr,
-    SHARED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PTX: tl.constexpr,
-    PER_THREAD: tl.constexpr,
-    SUM_G: tl.constexpr,
-    SUM_GX: tl.constexpr,
-    SUM_DZ: tl.constexpr,
-    UNITS: tl.constexpr,
-    RUN: tl.constexpr,
-    STAGES: tl.constexpr,
+    FORM: tl.constexpr,
+    MADE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One chunk of `steps` tiles of a segment of `samples` samples.
 
     partial_ptr is [sums made, segments, chunks, channels]: of g, of g x̂, of g weight rstd. dz_ptr
     is None where only they are wanted; sum_g_ptr, sum_gx_ptr are None where dz does not need them.
     """
+    UNITS: tl.constexpr = TILE.UNITS
+    ALIGN: tl.constexpr = FORM.ALIGN
+    LAST: tl.constexpr = FORM.LAST
+    SHARED: tl.constexpr = FORM.SHARED
+    WIDTH: tl.constexpr = FORM.WIDTH
+    RUN: tl.constexpr = TILE.RUN
     blocks = tl.cdiv(positions, RUN)
     segment, chunk, channel0, tile0, tile1 = segment_of_program(
         channels, chunks, steps, samples * blocks, UNITS
@@ -115,42 +116,24 @@ def _channel_bwd_kernel(
     channel = channel0 + tl.arange(0, UNITS)
     channel_mask = channel < channel_end(channels, ALIGN, LAST)
     mean, scale, bias = None, None, None
-    if mean_ptr is not None:
+    if statistics[0] is not None:
         index = statistic_of(segment, channel, groups, SHARED, WIDTH)
         mean, rstd, weight, bias = load_normalizer(
-            mean_ptr,
-            variance_ptr,
-            norm_weight_ptr,
-            norm_bias_ptr,
-            index,
-            channel,
-            channel_mask,
-            eps,
-            LAST,
+            statistics, parameters, index, channel, channel_mask, scalars, LAST
         )
         scale = weight * rstd
-        if sum_g_ptr is not None:
+        if sums[0] is not None:
             slope, shift = slope_and_offset(
-                sum_g_ptr,
-                sum_gx_ptr,
-                count_ptr,
-                elements,
-                segment,
-                index,
-                channel_mask,
-                weight,
-                rstd,
-                LAST,
-                WIDTH,
+                sums, segment, index, channel_mask, weight, rstd, LAST, WIDTH
             )
     seed = tl.load(seed_ptr) if seed_ptr is not None else None
     M: tl.constexpr = RUN if LAST else UNITS
     N: tl.constexpr = UNITS if LAST else RUN
-    if SUM_G or SUM_DZ:
+    if MADE.g or MADE.dz:
         total_g = tl.zeros((M, N), tl.float32)
-    if SUM_GX:
+    if MADE.gx:
         total_gd = tl.zeros((M, N), tl.float32)
-    for tile in tl.range(tile0, tile1, num_stages=STAGES):
+    for tile in tl.range(tile0, tile1, num_stages=TILE.STAGES):
         sample = segment * samples + tl.cast(tile, tl.int32) // blocks
         position0 = tl.cast(tile, tl.int32) % blocks * RUN
         d, g, offset, mask, inside = load_gradient(
@@ -161,17 +144,17 @@ def _channel_bwd_kernel(
             scale,
             bias,
             seed,
-            *(sample, channel, channel_mask, channel0, position0, channels, positions),
-            *(alpha, beta, threshold, ACTIVATION, DROPOUT, ALIGN, PTX, PER_THREAD, LAST, RUN),
+            At(sample, channel, channel_mask, channel0, position0, channels, positions),
+            *(scalars, threshold, FORM, RUN),
         )
-        if SUM_G or SUM_DZ:
+        if MADE.g or MADE.dz:
             total_g += g
-        if SUM_GX:
+        if MADE.gx:
             total_gd += g * d
         if dz_ptr is not None:
-            if mean_ptr is not None:
+            if statistics[0] is not None:
                 g *= scale
-            if sum_g_ptr is not None:
+            if sums[0] is not None:
                 g += d * slope + shift
                 if mask_ptr is not None:
                     g = tl.where(inside, g, 0.0)
@@ -181,26 +164,26 @@ def _channel_bwd_kernel(
         plane = tl.cast(tl.num_programs(0) // tl.cdiv(channels, UNITS), tl.int64) * channels
         offset = by_channel((segment * chunks + chunk) * channels + channel, LAST)
         channel_mask_2d = by_channel(channel_mask, LAST)
-        if SUM_G or SUM_DZ:
+        if MADE.g or MADE.dz:
             sum_g = over_positions(total_g, LAST)
-        if SUM_G:
+        if MADE.g:
             tl.store(partial_ptr + offset, sum_g, mask=channel_mask_2d)
             partial_ptr += plane
-        if SUM_GX:
+        if MADE.gx:
             sum_gx = over_positions(total_gd, LAST) * rstd
             tl.store(partial_ptr + offset, sum_gx, mask=channel_mask_2d)
             partial_ptr += plane
-        if SUM_DZ:
-            if mean_ptr is not None:
+        if MADE.dz:
+            if statistics[0] is not None:
                 sum_g *= scale
             tl.store(partial_ptr + offset, sum_g, mask=channel_mask_2d)
 
 
 def walk_backward(
-    inputs: tuple[Tensor | None, ...],
+    inputs: tuple[Any, ...],
     problem: Problem,
     *,
-    made: tuple[bool, bool, bool] = (False, False, False),
+    made: Made = NONE_MADE,
     sums: tuple[Tensor, Tensor] | None = None,
     count: Tensor | None = None,
     dz: Tensor | None = None,
@@ -208,7 +191,7 @@ def walk_backward(
     """One walk over dy and z.
 
     Args:
-        inputs: dy, z, mean, variance, norm_weight, norm_bias, mask, seed.
+        inputs: dy, z, (mean, variance), (norm_weight, norm_bias), mask, seed.
         made: whether to sum g, g x̂ and g weight rstd over a segment (problem.walk).
         sums: float32, of g and g x̂ for each statistic, or where channels share one of g weight and
             g weight x̂. With them, and count (None: from the shape), dz is that of statistics of z.
@@ -217,8 +200,7 @@ def walk_backward(
     Returns:
         float32 (sums made, segments, chunks, channels).
     """
-    z = inputs[1]
-    assert z is not None
+    z: Tensor = inputs[1]
     device = tuning.device(z)
     kind = "sums" if any(made) else "gradient"
     walk = problem.walk
@@ -229,21 +211,14 @@ def walk_backward(
     with tuning.device_of(z):
         _channel_bwd_kernel[(walk.blocks(tile) * chunks,)](
             *inputs,
-            *(sums or (None, None)),
-            count,
+            (*(sums or (None, None)), count, float(problem.elements)),
             dz,
             partial if any(made) else None,
             *(walk.samples, walk.channels, walk.positions, problem.groups, chunks, steps),
-            float(problem.elements),
-            *(problem.eps, problem.alpha, problem.beta, problem.threshold),
-            **problem.flags(device),
-            SHARED=problem.shared,
-            SUM_G=made[0],
-            SUM_GX=made[1],
-            SUM_DZ=made[2],
-            UNITS=tile.units,
-            RUN=tile.run,
-            STAGES=problem.stages(tile),
+            *(problem.scalars, problem.threshold),
+            FORM=problem.form(device, inputs[4]),
+            MADE=made,
+            TILE=problem.tile_form(tile),
             num_warps=tile.num_warps,
         )
     return partial

@@ -4,17 +4,13 @@ z is read once and y is written once. A channels-last tile has several groups si
 its rows are whole cache lines; short planar groups share a tile as well.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from . import channel_tuning, tuning
-from .channel_epilogue import load_affine, write_output
-from .channel_problem import Problem
+from .channel_epilogue import drop_rows, load_affine
 from .channel_tile import (
     INTEGERS,
+    At,
     channel_end,
     groups_from,
     load_tile,
@@ -22,6 +18,8 @@ from .channel_tile import (
     over_positions,
     to_channels,
 )
+from .output import Drop, write_output
+from .tile import Place
 
 
 @triton.jit
@@ -52,41 +50,34 @@ def channels_of_groups(
 @triton.jit(do_not_specialize=INTEGERS)
 def _channel_held_fwd_kernel(
     z_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
+    parameters,
     residual_ptr,
     mask_ptr,
     seed_ptr,
     y_ptr,
-    mean_ptr,
-    variance_ptr,
-    count_ptr,
+    statistics,
     channels,
     positions,
     groups,
-    eps,
-    alpha,
-    beta,
+    scalars,
     threshold,
-    ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    LAST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PTX: tl.constexpr,
-    PER_THREAD: tl.constexpr,
-    GROUPS: tl.constexpr,
-    UNITS: tl.constexpr,
-    RUN: tl.constexpr,
+    FORM: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """GROUPS groups of one sample."""
+    ALIGN: tl.constexpr = FORM.ALIGN
+    mean_ptr, variance_ptr, count_ptr = statistics
+    LAST: tl.constexpr = FORM.LAST
+    WIDTH: tl.constexpr = FORM.WIDTH
+    GROUPS: tl.constexpr = TILE.GROUPS
+    UNITS: tl.constexpr = TILE.UNITS
+    RUN: tl.constexpr = TILE.RUN
     group_blocks = tl.cdiv(groups, GROUPS)
     sample = (tl.program_id(0) // group_blocks).to(tl.int64)
     group0 = tl.program_id(0) % group_blocks * GROUPS
     channel, channel_mask = channels_of_groups(group0, channels, WIDTH, GROUPS, UNITS, ALIGN, LAST)
-    x, row, offset, mask, inside, present = load_tile(
-        z_ptr, mask_ptr, sample, channel, channel_mask, 0, channels, positions, ALIGN, LAST, RUN
-    )
+    at = At(sample, channel, channel_mask, group0 * WIDTH, 0, channels, positions)
+    x, row, offset, mask, inside, present = load_tile(z_ptr, mask_ptr, at, FORM, RUN)
     elements = present * WIDTH
     share = 1.0 / tl.maximum(elements, 1.0)
     # The mean of the differences from a first mean repairs what that has lost by rounding:
@@ -102,46 +93,11 @@ def _channel_held_fwd_kernel(
     if count_ptr is not None:
         if group0 == 0:
             tl.store(count_ptr + sample, elements)
-    weight, bias = load_affine(norm_weight_ptr, norm_bias_ptr, channel, channel_mask, LAST)
-    rstd = to_channels(tl.rsqrt(variance + tl.cast(eps, tl.float32)), UNITS, LAST)
+    weight, bias = load_affine(parameters, channel, channel_mask, LAST)
+    rstd = to_channels(tl.rsqrt(variance + tl.cast(scalars[0], tl.float32)), UNITS, LAST)
     seed = tl.load(seed_ptr) if seed_ptr is not None else None
     write_output(
-        x * (weight * rstd) + bias,
-        residual_ptr,
-        y_ptr,
-        row,
-        offset,
-        mask,
-        inside,
-        seed,
-        *(sample, channel, group0 * WIDTH, 0, channels, positions),
-        *(alpha, beta, threshold, ACTIVATION, DROPOUT),
-        *(mask_ptr is not None, PTX, PER_THREAD, LAST),
+        *(x * (weight * rstd) + bias, None, Drop(seed, *drop_rows(row, at, FORM), threshold)),
+        *(Place(residual_ptr, offset, None, inside), Place(y_ptr, offset, None, mask)),
+        *(scalars, FORM),
     )
-
-
-def held_forward(
-    inputs: tuple[Tensor | None, ...],
-    y: Tensor,
-    statistics: tuple[Tensor, Tensor, Tensor],
-    problem: Problem,
-    tile: channel_tuning.GroupTile,
-) -> None:
-    """Writes y, mean, variance and count; inputs: z to seed as in `channel_forward`."""
-    device = tuning.device(y)
-    mean, variance, count = statistics
-    with tuning.device_of(y):
-        _channel_held_fwd_kernel[(problem.samples * triton.cdiv(problem.groups, tile.groups),)](
-            *inputs,
-            y,
-            mean,
-            variance,
-            count if count.numel() else None,
-            *(problem.channels, problem.positions, problem.groups),
-            *(problem.eps, problem.alpha, problem.beta, problem.threshold),
-            **problem.flags(device),
-            GROUPS=tile.groups,
-            UNITS=tile.units,
-            RUN=tile.run,
-            num_warps=tile.num_warps,
-        )

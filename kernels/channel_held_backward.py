@@ -1,18 +1,13 @@
 """Backward of `channel_held`: dy and z are read once, dz is written once."""
 
-from __future__ import annotations
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from . import channel_tuning, tuning
 from .channel_epilogue import load_affine, load_gradient
 from .channel_held import channels_of_groups
-from .channel_problem import Problem
 from .channel_tile import (
     INTEGERS,
+    At,
     by_channel,
     load_channels,
     over_channels,
@@ -25,10 +20,8 @@ from .channel_tile import (
 def _channel_held_bwd_kernel(
     dy_ptr,
     z_ptr,
-    mean_ptr,
-    variance_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
+    statistics,
+    parameters,
     mask_ptr,
     seed_ptr,
     count_ptr,
@@ -38,51 +31,41 @@ def _channel_held_bwd_kernel(
     channels,
     positions,
     groups,
-    eps,
-    alpha,
-    beta,
+    scalars,
     threshold,
-    ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    LAST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PTX: tl.constexpr,
-    PER_THREAD: tl.constexpr,
-    GROUPS: tl.constexpr,
-    UNITS: tl.constexpr,
-    RUN: tl.constexpr,
-    STAGES: tl.constexpr,
+    FORM: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """The same GROUPS groups of every sample that is this program's.
 
     partial_ptr is [2, programs that share the samples, channels]: sums of g and of g x̂.
     """
+    ALIGN: tl.constexpr = FORM.ALIGN
+    LAST: tl.constexpr = FORM.LAST
+    WIDTH: tl.constexpr = FORM.WIDTH
+    GROUPS: tl.constexpr = TILE.GROUPS
+    UNITS: tl.constexpr = TILE.UNITS
+    RUN: tl.constexpr = TILE.RUN
     group_blocks = tl.cdiv(groups, GROUPS)
     group0 = tl.program_id(0) % group_blocks * GROUPS
     sample_program = tl.program_id(0) // group_blocks
     sample_programs = tl.num_programs(0) // group_blocks
     channel, channel_mask = channels_of_groups(group0, channels, WIDTH, GROUPS, UNITS, ALIGN, LAST)
-    weight, bias = load_affine(norm_weight_ptr, norm_bias_ptr, channel, channel_mask, LAST)
+    weight, bias = load_affine(parameters, channel, channel_mask, LAST)
     seed = tl.load(seed_ptr) if seed_ptr is not None else None
     total_g = bias * 0.0
     total_gx = bias * 0.0
-    for index in tl.range(sample_program, samples, sample_programs, num_stages=STAGES):
+    for index in tl.range(sample_program, samples, sample_programs, num_stages=TILE.STAGES):
         sample = tl.cast(index, tl.int64)
         statistic = sample * groups + channel // WIDTH
-        mean = load_channels(mean_ptr, statistic, channel_mask, LAST)
-        variance = load_channels(variance_ptr, statistic, channel_mask, LAST)
-        rstd = tl.rsqrt(variance + tl.cast(eps, tl.float32))
+        mean = load_channels(statistics[0], statistic, channel_mask, LAST)
+        variance = load_channels(statistics[1], statistic, channel_mask, LAST)
+        rstd = tl.rsqrt(variance + tl.cast(scalars[0], tl.float32))
         d, g, offset, mask, inside = load_gradient(
-            dy_ptr,
-            z_ptr,
-            mask_ptr,
-            mean,
-            weight * rstd,
-            bias,
+            *(dy_ptr, z_ptr, mask_ptr, mean, weight * rstd, bias),
             seed,
-            *(sample, channel, channel_mask, group0 * WIDTH, 0, channels, positions),
-            *(alpha, beta, threshold, ACTIVATION, DROPOUT, ALIGN, PTX, PER_THREAD, LAST, RUN),
+            At(sample, channel, channel_mask, group0 * WIDTH, 0, channels, positions),
+            *(scalars, threshold, FORM, RUN),
         )
         sum_g = over_positions(g, LAST)
         sum_gx = over_positions(g * d, LAST) * rstd
@@ -104,39 +87,3 @@ def _channel_held_bwd_kernel(
         tl.store(partial_ptr, total_g, mask=by_channel(channel_mask, LAST))
         plane = tl.cast(sample_programs, tl.int64) * channels
         tl.store(partial_ptr + plane, total_gx, mask=by_channel(channel_mask, LAST))
-
-
-def held_backward(
-    inputs: tuple[Tensor | None, ...],
-    count: Tensor | None,
-    dz: Tensor,
-    with_sums: bool,
-    problem: Problem,
-    tile: channel_tuning.GroupTile,
-) -> Tensor:
-    """Writes dz; inputs: as `walk_backward`. Returns float32 (2, programs, channels), of g and g x̂.
-
-    The result is empty without `with_sums`.
-    """
-    device = tuning.device(dz)
-    group_blocks = triton.cdiv(problem.groups, tile.groups)
-    programs = channel_tuning.held_programs(problem.samples, group_blocks, tile, device)
-    shape = (2 if with_sums else 0, programs, problem.channels)
-    partial = dz.new_empty(shape, dtype=torch.float32)
-    with tuning.device_of(dz):
-        _channel_held_bwd_kernel[(programs * group_blocks,)](
-            *inputs,
-            count,
-            dz,
-            partial if with_sums else None,
-            *(problem.samples, problem.channels, problem.positions, problem.groups),
-            *(problem.eps, problem.alpha, problem.beta, problem.threshold),
-            **problem.flags(device),
-            GROUPS=tile.groups,
-            UNITS=tile.units,
-            RUN=tile.run,
-            STAGES=problem.stages(tile),
-            num_warps=tile.num_warps,
-            **channel_tuning.held_backward_options(tile, device),
-        )
-    return partial

@@ -4,17 +4,13 @@ The second walk finds in L2 what the first has read, so that memory is read once
 as long as the groups of all programs fit there (tuning.CHANNEL_LOOP_BYTES).
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from . import channel_tuning, tuning
-from .channel_epilogue import load_affine, write_output
-from .channel_problem import Problem
+from .channel_epilogue import drop_rows, load_affine
 from .channel_tile import (
     INTEGERS,
+    At,
     by_channel,
     channel_end,
     groups_from,
@@ -26,6 +22,8 @@ from .channel_tile import (
     tile_moments,
     to_channels,
 )
+from .output import Drop, write_output
+from .tile import Place
 
 
 @triton.jit
@@ -51,35 +49,28 @@ def channels_of_block(
 @triton.jit(do_not_specialize=INTEGERS)
 def _channel_loop_fwd_kernel(
     z_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
+    parameters,
     residual_ptr,
     mask_ptr,
     seed_ptr,
     y_ptr,
-    mean_ptr,
-    variance_ptr,
-    count_ptr,
+    statistics,
     channels,
     positions,
     groups,
-    eps,
-    alpha,
-    beta,
+    scalars,
     threshold,
-    ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    LAST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PTX: tl.constexpr,
-    PER_THREAD: tl.constexpr,
-    GROUPS: tl.constexpr,
-    UNITS: tl.constexpr,
-    RUN: tl.constexpr,
-    STAGES: tl.constexpr,
+    FORM: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """GROUPS groups of one sample; more than one where a tile is as wide as all of them."""
+    ALIGN: tl.constexpr = FORM.ALIGN
+    mean_ptr, variance_ptr, count_ptr = statistics
+    LAST: tl.constexpr = FORM.LAST
+    WIDTH: tl.constexpr = FORM.WIDTH
+    GROUPS: tl.constexpr = TILE.GROUPS
+    UNITS: tl.constexpr = TILE.UNITS
+    RUN: tl.constexpr = TILE.RUN
     group_blocks = tl.cdiv(groups, GROUPS)
     sample = (tl.program_id(0) // group_blocks).to(tl.int64)
     group0 = tl.program_id(0) % group_blocks * GROUPS
@@ -87,10 +78,8 @@ def _channel_loop_fwd_kernel(
         group0, 0, channels, WIDTH, GROUPS, UNITS, ALIGN, LAST
     )
     # A value near those of the group, from which differences are taken (channel_statistics.py).
-    x, _, count = load_values(
-        *(z_ptr, mask_ptr, sample, channel, channel_mask, 0, channels, positions),
-        *(ALIGN, LAST, RUN),
-    )
+    first = At(sample, channel, channel_mask, group0 * WIDTH, 0, channels, positions)
+    x, _, count = load_values(z_ptr, mask_ptr, first, FORM, RUN)
     count = tl.maximum(count, 1.0) * min(WIDTH, UNITS)
     centre = over_channels(over_positions(x, LAST), GROUPS, LAST) / count
     mean = centre * 0.0  # of z - centre
@@ -104,11 +93,9 @@ def _channel_loop_fwd_kernel(
         unit_mean = by_channel(tl.zeros((UNITS,), tl.float32), LAST)
         unit_m2 = by_channel(tl.zeros((UNITS,), tl.float32), LAST)
         present = 0.0
-        for position0 in tl.range(0, positions, RUN, num_stages=STAGES):
-            x, mask, new = load_values(
-                *(z_ptr, mask_ptr, sample, channel, channel_mask),
-                *(position0, channels, positions, ALIGN, LAST, RUN),
-            )
+        for position0 in tl.range(0, positions, RUN, num_stages=TILE.STAGES):
+            at = At(sample, channel, channel_mask, unit0, position0, channels, positions)
+            x, mask, new = load_values(z_ptr, mask_ptr, at, FORM, RUN)
             x = tl.where(mask, x - to_channels(centre, UNITS, LAST), 0.0)
             new_mean, new_m2 = tile_moments(x, mask, new, LAST)
             unit_mean, unit_m2 = merge_moments(unit_mean, unit_m2, present, new_mean, new_m2, new)
@@ -133,7 +120,7 @@ def _channel_loop_fwd_kernel(
     if count_ptr is not None:
         if group0 == 0:
             tl.store(count_ptr + sample, elements)
-    rstd = to_channels(tl.rsqrt(variance + tl.cast(eps, tl.float32)), UNITS, LAST)
+    rstd = to_channels(tl.rsqrt(variance + tl.cast(scalars[0], tl.float32)), UNITS, LAST)
     centre = to_channels(centre, UNITS, LAST)
     mean = to_channels(mean, UNITS, LAST)
     seed = tl.load(seed_ptr) if seed_ptr is not None else None
@@ -141,51 +128,15 @@ def _channel_loop_fwd_kernel(
         channel, channel_mask = channels_of_block(
             group0, unit0, channels, WIDTH, GROUPS, UNITS, ALIGN, LAST
         )
-        weight, bias = load_affine(norm_weight_ptr, norm_bias_ptr, channel, channel_mask, LAST)
+        weight, bias = load_affine(parameters, channel, channel_mask, LAST)
         scale = weight * rstd
-        for position0 in tl.range(0, positions, RUN, num_stages=STAGES):
-            x, row, offset, mask, inside, _count = load_tile(
-                *(z_ptr, mask_ptr, sample, channel, channel_mask),
-                *(position0, channels, positions, ALIGN, LAST, RUN),
-            )
+        for position0 in tl.range(0, positions, RUN, num_stages=TILE.STAGES):
+            channel0 = group0 * WIDTH + unit0
+            at = At(sample, channel, channel_mask, channel0, position0, channels, positions)
+            x, row, offset, mask, inside, _count = load_tile(z_ptr, mask_ptr, at, FORM, RUN)
             write_output(
                 (x - centre - mean) * scale + bias,
-                residual_ptr,
-                y_ptr,
-                row,
-                offset,
-                mask,
-                inside,
-                seed,
-                *(sample, channel, group0 * WIDTH + unit0, position0, channels, positions),
-                *(alpha, beta, threshold, ACTIVATION, DROPOUT),
-                *(mask_ptr is not None, PTX, PER_THREAD, LAST),
+                *(None, Drop(seed, *drop_rows(row, at, FORM), threshold)),
+                *(Place(residual_ptr, offset, None, inside), Place(y_ptr, offset, None, mask)),
+                *(scalars, FORM),
             )
-
-
-def loop_forward(
-    inputs: tuple[Tensor | None, ...],
-    y: Tensor,
-    statistics: tuple[Tensor, Tensor, Tensor],
-    problem: Problem,
-    tile: channel_tuning.GroupTile,
-) -> None:
-    """Writes y, mean, variance and count; inputs: z to seed as in `channel_forward`."""
-    device = tuning.device(y)
-    mean, variance, count = statistics
-    with tuning.device_of(y):
-        _channel_loop_fwd_kernel[(problem.samples * triton.cdiv(problem.groups, tile.groups),)](
-            *inputs,
-            y,
-            mean,
-            variance,
-            count if count.numel() else None,
-            *(problem.channels, problem.positions, problem.groups),
-            *(problem.eps, problem.alpha, problem.beta, problem.threshold),
-            **problem.flags(device),
-            GROUPS=tile.groups,
-            UNITS=tile.units,
-            RUN=tile.run,
-            STAGES=problem.stages(tile),
-            num_warps=tile.num_warps,
-        )

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import triton
 from torch import Tensor
 
 from ..spec import ACTIVATION_NAMES, NORM_NAMES
 from . import channel_tuning, tuning
+from .channel_tile import TileForm
+from .output import Form
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,15 @@ class Problem:
         cols = self.channels if self.last else self.positions
         return tuning.alignment(cols, self.itemsize)
 
-    def stages(self, tile: channel_tuning.ChannelTile | channel_tuning.GroupTile) -> int:
-        """`channel_tuning.stages` of a tile."""
+    def tile_form(self, tile: channel_tuning.ChannelTile | channel_tuning.GroupTile) -> TileForm:
+        """A tile as the kernels take it."""
         wide = self.align * self.itemsize == 16
-        return channel_tuning.stages(tile.units * tile.run, wide)
+        stages = channel_tuning.stages(tile.units * tile.run, wide)
+        return TileForm(tile.units, tile.run, stages, getattr(tile, "groups", 1))
+
+    @property
+    def scalars(self) -> tuple[float, float, float]:
+        return self.eps, self.alpha, self.beta
 
     @property
     def dropout(self) -> str | None:
@@ -115,17 +121,16 @@ class Problem:
         shape = (self.samples, self.channels, self.positions, self.groups)
         return channel_tuning.group_tile(shape, self.last, self.itemsize, backward, device)
 
-    def flags(self, device: tuning.Device) -> dict[str, Any]:
-        """Compile-time arguments that every kernel of the epilogue takes."""
-        return {
-            "ACTIVATION": self.activation,
-            "DROPOUT": self.dropout,
-            "LAST": self.last,
-            "WIDTH": self.width,
-            "ALIGN": self.align,
-            "PTX": device.arch > 0,
-            "PER_THREAD": min(8, 16 // self.itemsize),
-        }
+    def form(self, device: tuning.Device, mask: Tensor | None) -> Form:
+        """The form of every kernel for this problem."""
+        return Form(
+            *(self.norm, self.activation, self.dropout, self.align, device.arch > 0),
+            PER_THREAD=min(8, 16 // self.itemsize),
+            MASKED=mask is not None,
+            LAST=self.last,
+            SHARED=self.shared,
+            WIDTH=self.width,
+        )
 
 
 def problem_of(

@@ -21,6 +21,7 @@ from . import channel_tuning, tuning
 from .channel_problem import Problem
 from .channel_tile import (
     INTEGERS,
+    At,
     by_channel,
     channel_end,
     load_values,
@@ -55,10 +56,8 @@ def _channel_moments_kernel(
     positions,
     chunks,
     steps,
-    LAST: tl.constexpr,
-    ALIGN: tl.constexpr,
-    UNITS: tl.constexpr,
-    RUN: tl.constexpr,
+    FORM: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One chunk of `steps` tiles of a segment of `samples` samples.
 
@@ -67,16 +66,19 @@ def _channel_moments_kernel(
     of the mean relative to the spread of the values and not to their size: constant channels have
     variance 0 exactly.
     """
+    UNITS: tl.constexpr = TILE.UNITS
+    RUN: tl.constexpr = TILE.RUN
+    ALIGN: tl.constexpr = FORM.ALIGN
+    LAST: tl.constexpr = FORM.LAST
     blocks = tl.cdiv(positions, RUN)
     segment, chunk, channel0, tile0, tile1 = segment_of_program(
         channels, chunks, steps, samples * blocks, UNITS
     )
     channel = channel0 + tl.arange(0, UNITS)
     channel_mask = channel < channel_end(channels, ALIGN, LAST)
-    first, _, count = load_values(
-        *(z_ptr, mask_ptr, segment * samples + tile0 // blocks, channel, channel_mask),
-        *(tile0 % blocks * RUN, channels, positions, ALIGN, LAST, RUN),
-    )
+    sample, position0 = segment * samples + tile0 // blocks, tile0 % blocks * RUN
+    at = At(sample, channel, channel_mask, channel0, position0, channels, positions)
+    first, _, count = load_values(z_ptr, mask_ptr, at, FORM, RUN)
     centre = over_positions(first, LAST) / tl.maximum(count, 1.0)
     mean = tl.zeros_like(centre)  # of z - centre
     m2 = tl.zeros_like(centre)
@@ -84,8 +86,12 @@ def _channel_moments_kernel(
     for tile in tl.range(tile0, tile1):
         index = tl.cast(tile, tl.int32)
         x, mask, new = load_values(
-            *(z_ptr, mask_ptr, segment * samples + index // blocks, channel, channel_mask),
-            *(index % blocks * RUN, channels, positions, ALIGN, LAST, RUN),
+            *(z_ptr, mask_ptr),
+            At(
+                *(segment * samples + index // blocks, channel, channel_mask, channel0),
+                *(index % blocks * RUN, channels, positions),
+            ),
+            *(FORM, RUN),
         )
         x = tl.where(mask, x - centre, 0.0)
         new_mean, new_m2 = tile_moments(x, mask, new, LAST)
@@ -229,10 +235,8 @@ def split_statistics(
             walk.positions,
             chunks,
             steps,
-            LAST=walk.last,
-            ALIGN=problem.align,
-            UNITS=tile.units,
-            RUN=tile.run,
+            FORM=problem.form(device, mask),
+            TILE=problem.tile_form(tile),
             num_warps=tile.num_warps,
         )
         statistics = (mean, variance, None if mask is None else present)

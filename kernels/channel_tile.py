@@ -9,13 +9,39 @@ Statistics belong to a channel (SHARED: batch norm, and constants), or to a samp
 neighbouring channels (group norm; instance norm has WIDTH 1).
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .tile import row_offset
+from .tile import Place, load_place, row_offset
 
 # Runtime integers whose value must not compile a new kernel: alignment is passed as ALIGN instead.
 INTEGERS = ("samples", "channels", "positions", "groups", "chunks", "steps", "threshold")
+
+
+class TileForm(NamedTuple):
+    """What a kernel is compiled for besides its `Form`: the tile, and stages of its pipeline."""
+
+    UNITS: int
+    RUN: int
+    STAGES: int
+    GROUPS: int = 1  # that a program treats together
+
+
+class At(NamedTuple):
+    """Of which sample (int64), channels [UNITS] and positions a tile is, and the size of z.
+
+    channel0 and position0 are the first; the one along the tile's rows is a multiple of 8.
+    """
+
+    sample: Any
+    channel: Any
+    channel_mask: Any
+    channel0: Any
+    position0: Any
+    channels: Any
+    positions: Any
 
 
 @triton.jit
@@ -140,20 +166,8 @@ def keep_present(mask, mask_ptr, sample, position0, positions, RUN: tl.constexpr
 
 
 @triton.jit
-def load_tile(
-    z_ptr,
-    mask_ptr,
-    sample,
-    channel,
-    channel_mask,
-    position0,
-    channels,
-    positions,
-    ALIGN: tl.constexpr,
-    LAST: tl.constexpr,
-    RUN: tl.constexpr,
-):
-    """A tile and where it lies.
+def load_tile(z_ptr, mask_ptr, at, FORM: tl.constexpr, RUN: tl.constexpr):
+    """A tile and where it lies; `at` is an `At`.
 
     Returns:
         z [M, N], float32, 0 where it is not inside.
@@ -161,36 +175,24 @@ def load_tile(
         inside [M, N]: mask without padding.
         The number of positions inside.
     """
+    ALIGN: tl.constexpr = FORM.ALIGN
+    LAST: tl.constexpr = FORM.LAST
     row, offset, mask = place(
-        sample, channel, channel_mask, position0, channels, positions, ALIGN, LAST, RUN
+        *(at.sample, at.channel, at.channel_mask, at.position0, at.channels, at.positions),
+        *(ALIGN, LAST, RUN),
     )
     inside = mask
-    count = tl.cast(tl.minimum(positions - position0, RUN), tl.float32)
+    count = tl.cast(tl.minimum(at.positions - at.position0, RUN), tl.float32)
     if mask_ptr is not None:
-        inside, count = keep_present(mask, mask_ptr, sample, position0, positions, RUN)
-    z = tl.load(z_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        inside, count = keep_present(mask, mask_ptr, at.sample, at.position0, at.positions, RUN)
+    z = load_place(Place(z_ptr, offset, None, inside))
     return z, row, offset, mask, inside, count
 
 
 @triton.jit
-def load_values(
-    z_ptr,
-    mask_ptr,
-    sample,
-    channel,
-    channel_mask,
-    position0,
-    channels,
-    positions,
-    ALIGN: tl.constexpr,
-    LAST: tl.constexpr,
-    RUN: tl.constexpr,
-):
+def load_values(z_ptr, mask_ptr, at, FORM: tl.constexpr, RUN: tl.constexpr):
     """z, inside and the number of positions inside, as `load_tile` has them."""
-    tile = load_tile(
-        *(z_ptr, mask_ptr, sample, channel, channel_mask),
-        *(position0, channels, positions, ALIGN, LAST, RUN),
-    )
+    tile = load_tile(z_ptr, mask_ptr, at, FORM, RUN)
     return tile[0], tile[4], tile[5]
 
 

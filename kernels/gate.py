@@ -84,12 +84,14 @@ def halves_gradient(
     da and db are the gradients of what the norm gives. Without a norm xhat is a and b themselves.
     In the padding dy is 0, and with it da and db.
     """
-    offset = row_offset(row, stride_dym, FORM.ALIGN)
+    ALIGN: tl.constexpr = FORM.ALIGN
+    NORM: tl.constexpr = FORM.NORM
+    offset = row_offset(row, stride_dym, ALIGN)
     g = load_place(Place(dy_ptr, offset, column[None, :], mask))
     xhat_a, xhat_b = a, b
-    if FORM.NORM is not None:
-        xhat_a = centre(a, mean, None, FORM.NORM, True) * rstd[:, None]
-        xhat_b = centre(b, mean, None, FORM.NORM, True) * rstd[:, None]
+    if NORM is not None:
+        xhat_a = centre(a, mean, None, NORM, True) * rstd[:, None]
+        xhat_b = centre(b, mean, None, NORM, True) * rstd[:, None]
         a, b = affine_halves(
             *(xhat_a, xhat_b, norm_weight_ptr, norm_bias_ptr, column, gate_column, column_mask)
         )

@@ -46,37 +46,38 @@ def _gated_fwd_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One tile of y a program: whole rows under a norm, any part of them without."""
+    ALIGN: tl.constexpr = FORM.ALIGN
+    NORM: tl.constexpr = FORM.NORM
+    EVEN_N: tl.constexpr = FORM.EVEN_N
     bias_ptr, norm_weight_ptr, norm_bias_ptr = parameters
     # One grid axis, because the others stop at 65535.
-    col_blocks = tl.cdiv(cols, BLOCK_N) if FORM.NORM is None else 1
+    col_blocks = tl.cdiv(cols, BLOCK_N) if NORM is None else 1
     pid = tl.program_id(0)
     row = (pid // col_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     col0 = (pid % col_blocks) * BLOCK_N
-    end = (cols // FORM.ALIGN) * FORM.ALIGN  # cols, known to be a multiple of ALIGN
+    end = (cols // ALIGN) * ALIGN  # cols, known to be a multiple of ALIGN
     column = col0 + tl.arange(0, BLOCK_N)
     gate_column = end + column
     row_mask = row < rows
     column_mask = column < end
     mask = row_mask[:, None] & column_mask[None, :]
-    z_offset = row_offset(row, stride_zm, FORM.ALIGN)
+    z_offset = row_offset(row, stride_zm, ALIGN)
     a, b = load_halves(z_ptr, bias_ptr, z_offset, column, gate_column, column_mask, mask)
-    if FORM.NORM is not None:
+    if NORM is not None:
         first = tl.zeros((BLOCK_M,), tl.float32)
-        if FORM.NORM == "layer":
+        if NORM == "layer":
             first = load_first(z_ptr, row, stride_zm, row_mask, bias_ptr)
         eps = tl.cast(scalars[0], tl.float32)
-        a, b, mean, rstd = halves_statistics(
-            a, b, first, column_mask, cols, eps, FORM.NORM, FORM.EVEN_N
-        )
-        store_statistics(statistics_ptr, row, rows, mean, rstd, FORM.NORM)
+        a, b, mean, rstd = halves_statistics(a, b, first, column_mask, cols, eps, NORM, EVEN_N)
+        store_statistics(statistics_ptr, row, rows, mean, rstd, NORM)
         a, b = affine_halves(
             *(a * rstd[:, None], b * rstd[:, None], norm_weight_ptr, norm_bias_ptr),
             *(column, gate_column, column_mask),
         )
     write_output(
         *(a, b, Drop(seed_ptr, row, col0, cols, threshold)),
-        Place(residual_ptr, row_offset(row, stride_rm, FORM.ALIGN), column[None, :], mask),
-        Place(y_ptr, row_offset(row, stride_ym, FORM.ALIGN), column[None, :], mask),
+        Place(residual_ptr, row_offset(row, stride_rm, ALIGN), column[None, :], mask),
+        Place(y_ptr, row_offset(row, stride_ym, ALIGN), column[None, :], mask),
         *(scalars, FORM),
     )
 
@@ -101,6 +102,8 @@ def _gated_fwd_loop_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One row a program, wider than its tiles: statistics block by block, then the row again."""
+    NORM: tl.constexpr = FORM.NORM
+    ALIGN: tl.constexpr = FORM.ALIGN
     bias_ptr, norm_weight_ptr, norm_bias_ptr = parameters
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_M)
     # The statistics do not know of the halves.
@@ -108,25 +111,25 @@ def _gated_fwd_loop_kernel(
         z_ptr, bias_ptr, row, rows, 2 * cols, stride_zm, FORM, BLOCK_M, 2 * BLOCK_N
     )
     rstd = tl.rsqrt(m2 / (2 * cols) + tl.cast(scalars[0], tl.float32))
-    store_statistics(statistics_ptr, row, rows, first + mean, rstd, FORM.NORM)
-    z_offset = row_offset(row, stride_zm, FORM.ALIGN)
-    end = (cols // FORM.ALIGN) * FORM.ALIGN
+    store_statistics(statistics_ptr, row, rows, first + mean, rstd, NORM)
+    z_offset = row_offset(row, stride_zm, ALIGN)
+    end = (cols // ALIGN) * ALIGN
     for col0 in tl.range(0, cols, BLOCK_N):
         column = col0 + tl.arange(0, BLOCK_N)
         gate_column = end + column
         column_mask = column < end
         mask = column_mask[None, :]
         a, b = load_halves(z_ptr, bias_ptr, z_offset, column, gate_column, column_mask, mask)
-        a = centre(centre(a, first, None, FORM.NORM, True), mean, None, FORM.NORM, True)
-        b = centre(centre(b, first, None, FORM.NORM, True), mean, None, FORM.NORM, True)
+        a = centre(centre(a, first, None, NORM, True), mean, None, NORM, True)
+        b = centre(centre(b, first, None, NORM, True), mean, None, NORM, True)
         a, b = affine_halves(
             *(a * rstd[:, None], b * rstd[:, None], norm_weight_ptr, norm_bias_ptr),
             *(column, gate_column, column_mask),
         )
         write_output(
             *(a, b, Drop(seed_ptr, row, col0, cols, threshold)),
-            Place(residual_ptr, row_offset(row, stride_rm, FORM.ALIGN), column[None, :], mask),
-            Place(y_ptr, row_offset(row, stride_ym, FORM.ALIGN), column[None, :], mask),
+            Place(residual_ptr, row_offset(row, stride_rm, ALIGN), column[None, :], mask),
+            Place(y_ptr, row_offset(row, stride_ym, ALIGN), column[None, :], mask),
             *(scalars, FORM),
         )
 

@@ -55,10 +55,11 @@ def _gated_bwd_kernel(
     bias. With STAGES = 2 the next rows are on their way while these are computed, and the bias
     stays in registers; with 1 there is no room for either, and the parameters come from L1.
     """
+    NORM: tl.constexpr = FORM.NORM
     bias_ptr, norm_weight_ptr, norm_bias_ptr = parameters
     ALIGN: tl.constexpr = FORM.ALIGN
     # Parts of rows only where no sum along the row is taken here.
-    col_blocks = tl.cdiv(cols, BLOCK_N) if FORM.NORM is None or sums_ptr is not None else 1
+    col_blocks = tl.cdiv(cols, BLOCK_N) if NORM is None or sums_ptr is not None else 1
     pid = tl.program_id(0)
     row_programs = tl.num_programs(0) // col_blocks
     row_program = pid // col_blocks
@@ -86,8 +87,8 @@ def _gated_bwd_kernel(
         mask = row_mask[:, None] & column_mask[None, :]
         mean = tl.zeros((BLOCK_M,), tl.float32)
         rstd = mean
-        if FORM.NORM is not None:
-            mean, rstd = load_statistics(statistics_ptr, row, rows, FORM.NORM)
+        if NORM is not None:
+            mean, rstd = load_statistics(statistics_ptr, row, rows, NORM)
         z_offset = row_offset(row, stride_zm, ALIGN)
         if STAGES > 1:
             a, b = load_halves(z_ptr, None, z_offset, column, gate_column, column_mask, mask)
@@ -102,7 +103,7 @@ def _gated_bwd_kernel(
         if WANTED.norm_bias:
             dnorm_bias_a += da
             dnorm_bias_b += db
-        if FORM.NORM is not None:
+        if NORM is not None:
             if WANTED.norm_weight:
                 dnorm_weight_a += da * xhat_a
                 dnorm_weight_b += db * xhat_b
@@ -112,9 +113,9 @@ def _gated_bwd_kernel(
                 mean_g = tl.load(sums_ptr + row, mask=row_mask, other=0.0)
                 mean_gx = tl.load(sums_ptr + rows + row, mask=row_mask, other=0.0)
             else:
-                mean_g, mean_gx = halves_gradient_means(da, db, xhat_a, xhat_b, cols, FORM.NORM)
-            da = row_gradient(da, xhat_a, rstd, mean_g, mean_gx, FORM.NORM)
-            db = row_gradient(db, xhat_b, rstd, mean_g, mean_gx, FORM.NORM)
+                mean_g, mean_gx = halves_gradient_means(da, db, xhat_a, xhat_b, cols, NORM)
+            da = row_gradient(da, xhat_a, rstd, mean_g, mean_gx, NORM)
+            db = row_gradient(db, xhat_b, rstd, mean_g, mean_gx, NORM)
         if WANTED.bias:
             dbias_a += da
             dbias_b += db

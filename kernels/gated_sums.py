@@ -32,13 +32,15 @@ def _gated_sums_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One row a program, block by block: sums_ptr is [2, rows], mean(g) and mean(g xhat)."""
+    ALIGN: tl.constexpr = FORM.ALIGN
+    NORM: tl.constexpr = FORM.NORM
     bias_ptr, norm_weight_ptr, norm_bias_ptr = parameters
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_M)
-    z_offset = row_offset(row, stride_zm, FORM.ALIGN)
-    end = (cols // FORM.ALIGN) * FORM.ALIGN  # cols, known to be a multiple of ALIGN
+    z_offset = row_offset(row, stride_zm, ALIGN)
+    end = (cols // ALIGN) * ALIGN  # cols, known to be a multiple of ALIGN
     mean_g = tl.zeros((BLOCK_M,), tl.float32)
     mean_gx = tl.zeros((BLOCK_M,), tl.float32)
-    mean, rstd = load_statistics(statistics_ptr, row, rows, FORM.NORM)
+    mean, rstd = load_statistics(statistics_ptr, row, rows, NORM)
     for col0 in tl.range(0, cols, BLOCK_N):
         column = col0 + tl.arange(0, BLOCK_N)
         gate_column = end + column
@@ -51,7 +53,7 @@ def _gated_sums_kernel(
         )
         da = times_columns(da, norm_weight_ptr, column, column_mask)
         db = times_columns(db, norm_weight_ptr, gate_column, column_mask)
-        block_g, block_gx = halves_gradient_means(da, db, xhat_a, xhat_b, cols, FORM.NORM)
+        block_g, block_gx = halves_gradient_means(da, db, xhat_a, xhat_b, cols, NORM)
         mean_g += block_g
         mean_gx += block_gx
     tl.store(sums_ptr + row, mean_g)

@@ -43,6 +43,7 @@ def write_groups(
     FORM: tl.constexpr,
 ):
     """y, mean and variance of BLOCK_M groups; z is (rows · groups, WIDTH) and has the bias."""
+    PER_THREAD: tl.constexpr = FORM.PER_THREAD
     _bias_ptr, norm_weight_ptr, norm_bias_ptr = parameters
     mean_ptr, variance_ptr = statistics
     WIDTH: tl.constexpr = FORM.WIDTH
@@ -51,7 +52,7 @@ def write_groups(
     mask = present[:, None] & (column < WIDTH)[None, :]
     unit = row * groups + group
     # A multiple of WIDTH, and so of 16 bytes.
-    offset = row_offset(unit, WIDTH, FORM.PER_THREAD) + column[None, :]
+    offset = row_offset(unit, WIDTH, PER_THREAD) + column[None, :]
     x = load_place(Place(z_ptr, offset, None, mask))  # [BLOCK_M, WIDTH]
     # As in norm.row_statistics: constant groups have variance 0 exactly.
     first = load_first(z_ptr, unit, WIDTH, present, None)

@@ -52,6 +52,7 @@ def _gemm_row_kernel(
     STEP: tl.constexpr,
 ):
     """One tile a program: whole rows under a norm, any part of them without."""
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
     bias_ptr, norm_weight_ptr, norm_bias_ptr = parameters
     if z_ptr is None:
         z_ptr = y_ptr
@@ -66,7 +67,7 @@ def _gemm_row_kernel(
         write_rows(
             *(z_ptr, (None, norm_weight_ptr, norm_bias_ptr), residual_ptr, y_ptr),
             *(statistics_ptr, seed_ptr, row0 + step + tl.arange(0, STEP), col0),
-            *(rows, cols, cols, stride_rm, cols, scalars, threshold, FORM, TILE.BLOCK_N),
+            *(rows, cols, cols, stride_rm, cols, scalars, threshold, FORM, BLOCK_N),
         )
 
 

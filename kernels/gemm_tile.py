@@ -79,6 +79,7 @@ def product(
     TILE: tl.constexpr,
 ):
     """x · weightᵀ of a tile, float32 [BLOCK_M, BLOCK_N]; 0 outside the masks."""
+    PRECISION: tl.constexpr = TILE.PRECISION
     ALIGN: tl.constexpr = TILE.ALIGN_K
     k = tl.arange(0, TILE.BLOCK_K)
     end = (inner // ALIGN) * ALIGN
@@ -95,7 +96,7 @@ def product(
             weight_mask = weight_mask & (k0 + k < end)[:, None]
         x = tl.load(x_ptr, mask=x_mask, other=0.0)
         weight = tl.load(weight_ptr, mask=weight_mask, other=0.0)
-        z = tl.dot(x, weight, z, input_precision=TILE.PRECISION)
+        z = tl.dot(x, weight, z, input_precision=PRECISION)
         x_ptr += TILE.BLOCK_K
         weight_ptr += TILE.BLOCK_K
     return z
@@ -121,17 +122,20 @@ def write_product(
         z as it is stored; the tile's first row (int64) and column; the masks of its rows and
         columns, and its columns.
     """
-    row0, col0 = tile_of_program(tl.program_id(0), rows, cols, WHOLE, TILE.BLOCK_M, TILE.BLOCK_N)
-    row = row0 + tl.arange(0, TILE.BLOCK_M)
-    column = col0 + tl.arange(0, TILE.BLOCK_N)
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    ALIGN_N: tl.constexpr = TILE.ALIGN_N
+    row0, col0 = tile_of_program(tl.program_id(0), rows, cols, WHOLE, BLOCK_M, BLOCK_N)
+    row = row0 + tl.arange(0, BLOCK_M)
+    column = col0 + tl.arange(0, BLOCK_N)
     row_mask = row < rows
-    column_mask = column < (cols // TILE.ALIGN_N) * TILE.ALIGN_N
+    column_mask = column < (cols // ALIGN_N) * ALIGN_N
     z = product(
         x_ptr, weight_ptr, row, row_mask, column, column_mask, inner, stride_xm, stride_wn, TILE
     )
     z = add_columns(z, bias_ptr, column, column_mask).to(z_ptr.dtype.element_ty)
     mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(z_ptr + row_offset(row, cols, TILE.ALIGN_N) + column[None, :], z, mask=mask)
+    tl.store(z_ptr + row_offset(row, cols, ALIGN_N) + column[None, :], z, mask=mask)
     return z, row0, col0, row_mask, column, column_mask
 
 

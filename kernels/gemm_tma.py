@@ -39,6 +39,7 @@ def _gemm_tma_kernel(
     TILE: tl.constexpr,
 ):
     """One tile a program. The descriptors' blocks are BLOCK_K or BLOCK_N // 4 wide."""
+    PRECISION: tl.constexpr = TILE.PRECISION
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     PART: tl.constexpr = BLOCK_N // 4
@@ -47,7 +48,7 @@ def _gemm_tma_kernel(
     for k0 in tl.range(0, inner, TILE.BLOCK_K, num_stages=TILE.STAGES):
         x = x_desc.load([row0.to(tl.int32), k0])
         weight = weight_desc.load([col0, k0])
-        z = tl.dot(x, weight.T, z, input_precision=TILE.PRECISION)
+        z = tl.dot(x, weight.T, z, input_precision=PRECISION)
     left, right = halves(z)
     for half in tl.static_range(2):
         z0, z1 = halves(left if half == 0 else right)

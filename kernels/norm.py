@@ -137,10 +137,12 @@ def walk_statistics(
 
     `first` as in `row_statistics`, mean and m2 as in `merge_statistics`.
     """
-    z_offset = row_offset(row, stride_zm, FORM.ALIGN)
-    end = (cols // FORM.ALIGN) * FORM.ALIGN
+    ALIGN: tl.constexpr = FORM.ALIGN
+    NORM: tl.constexpr = FORM.NORM
+    z_offset = row_offset(row, stride_zm, ALIGN)
+    end = (cols // ALIGN) * ALIGN
     first = tl.zeros((BLOCK_M,), tl.float32)
-    if FORM.NORM == "layer":
+    if NORM == "layer":
         first = load_first(z_ptr, row, stride_zm, row < rows, bias_ptr)
     mean = tl.zeros((BLOCK_M,), tl.float32)  # of z + bias - first
     m2 = tl.zeros((BLOCK_M,), tl.float32)
@@ -151,5 +153,5 @@ def walk_statistics(
         x = load_rows(place, bias_ptr, column, column_mask)
         seen = tl.cast(col0, tl.float32)
         new = tl.cast(tl.minimum(cols - col0, BLOCK_N), tl.float32)
-        mean, m2 = merge_statistics(x, first, column_mask, seen, new, mean, m2, FORM.NORM)
+        mean, m2 = merge_statistics(x, first, column_mask, seen, new, mean, m2, NORM)
     return first, mean, m2

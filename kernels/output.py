@@ -74,6 +74,7 @@ class Drop(NamedTuple):
 @triton.jit
 def drop(x, part, FORM: tl.constexpr):
     """x times dropout's multiplier; part is a `Drop`."""
+    PER_THREAD: tl.constexpr = FORM.PER_THREAD
     if FORM.DROPOUT is None:
         return x
     else:
@@ -83,7 +84,7 @@ def drop(x, part, FORM: tl.constexpr):
         else:
             keep = dropout_multiplier(
                 *(seed, part.row, part.col0, part.cols, part.threshold),
-                *(FORM.PER_THREAD, x.shape[0], x.shape[1]),
+                *(PER_THREAD, x.shape[0], x.shape[1]),
             )
         return x * keep
 
@@ -97,11 +98,13 @@ def write_output(h, gate, part, residual, y, scalars, FORM: tl.constexpr):
     residual, y: a `Place` each. Where z has padding, y is 0 outside the residual's mask.
     scalars: eps, alpha and beta.
     """
+    ACTIVATION: tl.constexpr = FORM.ACTIVATION
+    PTX: tl.constexpr = FORM.PTX
     alpha, beta = tl.cast(scalars[1], tl.float32), tl.cast(scalars[2], tl.float32)
     if gate is None:
-        x = activate(h, alpha, beta, FORM.ACTIVATION, FORM.PTX)
+        x = activate(h, alpha, beta, ACTIVATION, PTX)
     else:
-        x = h * activate(gate, alpha, beta, FORM.ACTIVATION, FORM.PTX)
+        x = h * activate(gate, alpha, beta, ACTIVATION, PTX)
     x = drop(x, part, FORM)
     if residual.ptr is not None:
         x += load_place(residual)
@@ -113,10 +116,12 @@ def write_output(h, gate, part, residual, y, scalars, FORM: tl.constexpr):
 @triton.jit
 def output_gradient(g, h, gate, part, scalars, FORM: tl.constexpr):
     """The gradient of h, and where there is a gate (of h, of the gate), from g, that of y."""
+    ACTIVATION: tl.constexpr = FORM.ACTIVATION
+    PTX: tl.constexpr = FORM.PTX
     alpha, beta = tl.cast(scalars[1], tl.float32), tl.cast(scalars[2], tl.float32)
     g = drop(g, part, FORM)
     if gate is None:
-        return activate_grad(g, h, alpha, beta, FORM.ACTIVATION, FORM.PTX)
+        return activate_grad(g, h, alpha, beta, ACTIVATION, PTX)
     else:
-        dh = g * activate(gate, alpha, beta, FORM.ACTIVATION, FORM.PTX)
-        return dh, activate_grad(g * h, gate, alpha, beta, FORM.ACTIVATION, FORM.PTX)
+        dh = g * activate(gate, alpha, beta, ACTIVATION, PTX)
+        return dh, activate_grad(g * h, gate, alpha, beta, ACTIVATION, PTX)

@@ -78,15 +78,17 @@ def _row_fwd_loop_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One row a program, wider than a tile: statistics block by block, then the row again."""
+    NORM: tl.constexpr = FORM.NORM
+    ALIGN: tl.constexpr = FORM.ALIGN
     bias_ptr, norm_weight_ptr, norm_bias_ptr = parameters
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_M)
     first, mean, m2 = walk_statistics(
         z_ptr, bias_ptr, row, rows, cols, stride_zm, FORM, BLOCK_M, BLOCK_N
     )
     rstd = tl.rsqrt(m2 / cols + tl.cast(scalars[0], tl.float32))
-    store_statistics(statistics_ptr, row, rows, first + mean, rstd, FORM.NORM)
-    z_offset = row_offset(row, stride_zm, FORM.ALIGN)
-    end = (cols // FORM.ALIGN) * FORM.ALIGN
+    store_statistics(statistics_ptr, row, rows, first + mean, rstd, NORM)
+    z_offset = row_offset(row, stride_zm, ALIGN)
+    end = (cols // ALIGN) * ALIGN
     seed = tl.load(seed_ptr) if seed_ptr is not None else None
 
     for col0 in tl.range(0, cols, BLOCK_N):
@@ -95,13 +97,13 @@ def _row_fwd_loop_kernel(
         mask = column_mask[None, :]
         place = Place(z_ptr, z_offset, column[None, :], mask)
         h = load_rows(place, bias_ptr, column, column_mask)
-        h = centre(h, first, column_mask, FORM.NORM, True)
-        h = centre(h, mean, column_mask, FORM.NORM, True)
+        h = centre(h, first, column_mask, NORM, True)
+        h = centre(h, mean, column_mask, NORM, True)
         h, _ = affine(h, rstd, norm_weight_ptr, norm_bias_ptr, column, column_mask)
         write_output(
             *(h, None, Drop(seed, row, col0, cols, threshold)),
-            Place(residual_ptr, row_offset(row, stride_rm, FORM.ALIGN), column[None, :], mask),
-            Place(y_ptr, row_offset(row, stride_ym, FORM.ALIGN), column[None, :], mask),
+            Place(residual_ptr, row_offset(row, stride_rm, ALIGN), column[None, :], mask),
+            Place(y_ptr, row_offset(row, stride_ym, ALIGN), column[None, :], mask),
             *(scalars, FORM),
         )
 

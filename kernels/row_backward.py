@@ -73,10 +73,11 @@ def _row_bwd_kernel(
     With STAGES = 2 the next rows are on their way while these are computed, and the parameters stay
     in registers; with 1 there is no room for either, and the parameters come from L1 every time.
     """
+    NORM: tl.constexpr = FORM.NORM
     bias_ptr, norm_weight_ptr, norm_bias_ptr = parameters
     ALIGN: tl.constexpr = FORM.ALIGN
     # Parts of rows only where no sum along the row is taken here.
-    col_blocks = tl.cdiv(cols, BLOCK_N) if FORM.NORM is None or sums_ptr is not None else 1
+    col_blocks = tl.cdiv(cols, BLOCK_N) if NORM is None or sums_ptr is not None else 1
     pid = tl.program_id(0)
     row_programs = tl.num_programs(0) // col_blocks
     row_program = pid // col_blocks
@@ -124,9 +125,9 @@ def _row_bwd_kernel(
         h = load_place(Place(z_ptr, z_offset, column[None, :], mask))
         if bias_ptr is not None:
             h += bias
-        if FORM.NORM is not None:
-            mean, rstd = load_statistics(statistics_ptr, row, rows, FORM.NORM)
-            xhat = centre(h, mean, None, FORM.NORM, True) * rstd[:, None]
+        if NORM is not None:
+            mean, rstd = load_statistics(statistics_ptr, row, rows, NORM)
+            xhat = centre(h, mean, None, NORM, True) * rstd[:, None]
             h = xhat
             if norm_weight_ptr is not None:
                 h *= norm_weight
@@ -135,7 +136,7 @@ def _row_bwd_kernel(
         g = output_gradient(g, h, None, Drop(seed, row, col0, cols, threshold), scalars, FORM)
         if WANTED.norm_bias:
             dnorm_bias += g
-        if FORM.NORM is not None:
+        if NORM is not None:
             if WANTED.norm_weight:
                 dnorm_weight += g * xhat
             if norm_weight_ptr is not None:
@@ -144,8 +145,8 @@ def _row_bwd_kernel(
                 mean_g = tl.load(sums_ptr + row, mask=row_mask, other=0.0)
                 mean_gx = tl.load(sums_ptr + rows + row, mask=row_mask, other=0.0)
             else:
-                mean_g, mean_gx = row_gradient_means(g, xhat, cols, FORM.NORM)
-            g = row_gradient(g, xhat, rstd, mean_g, mean_gx, FORM.NORM)
+                mean_g, mean_gx = row_gradient_means(g, xhat, cols, NORM)
+            g = row_gradient(g, xhat, rstd, mean_g, mean_gx, NORM)
         if WANTED.bias:
             dbias += g
         tl.store(dz_ptr + row_offset(row, cols, ALIGN) + column[None, :], g, mask=mask)

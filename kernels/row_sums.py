@@ -42,26 +42,28 @@ def _row_sums_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One row a program, block by block: sums_ptr is [2, rows], mean(g) and mean(g xhat)."""
+    NORM: tl.constexpr = FORM.NORM
+    ALIGN: tl.constexpr = FORM.ALIGN
     bias_ptr, norm_weight_ptr, norm_bias_ptr = parameters
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_M)
-    end = (cols // FORM.ALIGN) * FORM.ALIGN
+    end = (cols // ALIGN) * ALIGN
     mean_g = tl.zeros((BLOCK_M,), tl.float32)
     mean_gx = tl.zeros((BLOCK_M,), tl.float32)
-    mean, rstd = load_statistics(statistics_ptr, row, rows, FORM.NORM)
+    mean, rstd = load_statistics(statistics_ptr, row, rows, NORM)
     seed = tl.load(seed_ptr) if seed_ptr is not None else None
     for col0 in tl.range(0, cols, BLOCK_N):
         column = col0 + tl.arange(0, BLOCK_N)
         column_mask = column < end
         mask = column_mask[None, :]
-        offset = row_offset(row, stride_dym, FORM.ALIGN)
+        offset = row_offset(row, stride_dym, ALIGN)
         g = load_place(Place(dy_ptr, offset, column[None, :], mask))
-        offset = row_offset(row, stride_zm, FORM.ALIGN)
+        offset = row_offset(row, stride_zm, ALIGN)
         x = load_rows(Place(z_ptr, offset, column[None, :], mask), bias_ptr, column, column_mask)
-        x = centre(x, mean, None, FORM.NORM, True)
+        x = centre(x, mean, None, NORM, True)
         h, xhat = affine(x, rstd, norm_weight_ptr, norm_bias_ptr, column, column_mask)
         g = output_gradient(g, h, None, Drop(seed, row, col0, cols, threshold), scalars, FORM)
         g = times_columns(g, norm_weight_ptr, column, column_mask)
-        block_g, block_gx = row_gradient_means(g, xhat, cols, FORM.NORM)
+        block_g, block_gx = row_gradient_means(g, xhat, cols, NORM)
         mean_g += block_g
         mean_gx += block_gx
     tl.store(sums_ptr + row, mean_g)
