@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fused.kernels import tuning
+from fused.kernels.tuning import rules as tuning
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor

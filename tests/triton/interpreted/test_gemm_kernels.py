@@ -9,8 +9,11 @@ from unittest import mock
 
 import pytest
 import torch
-from fused.kernels import gemm_row, gemm_tile, gemm_tuning, tuning
-from fused.kernels.gemm_row import linear_row_forward
+from fused.kernels.gemm import row as gemm_row
+from fused.kernels.gemm import tile as gemm_tile
+from fused.kernels.gemm.row import linear_row_forward
+from fused.kernels.tuning import gemm as gemm_tuning
+from fused.kernels.tuning import rules as tuning
 from gemm_oracle import (
     Case,
     check,
