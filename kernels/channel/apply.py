@@ -67,8 +67,9 @@ def _channel_apply_kernel(
         h, row, offset, mask, inside, _count = load_tile(z_ptr, mask_ptr, at, FORM, RUN)
         if statistics[0] is not None:
             h = (h - mean) * scale + bias
+        mask_row, col0, cols = drop_rows(row, at, FORM)
         write_output(
-            *(h, None, Drop(seed, *drop_rows(row, at, FORM), threshold)),
+            *(h, None, Drop(seed, mask_row, col0, cols, threshold)),
             *(Place(residual_ptr, offset, None, inside), Place(y_ptr, offset, None, mask)),
             *(scalars, FORM),
         )

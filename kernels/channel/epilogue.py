@@ -85,7 +85,8 @@ def load_gradient(
         d -= mean
         h = d * scale + bias
     g = load_place(Place(dy_ptr, offset, None, inside))
-    part = Drop(seed, *drop_rows(row, at, FORM), threshold)
+    mask_row, col0, cols = drop_rows(row, at, FORM)
+    part = Drop(seed, mask_row, col0, cols, threshold)
     g = output_gradient(g, h, None, part, scalars, FORM)
     if FORM.MASKED:
         g = tl.where(inside, g, 0.0)

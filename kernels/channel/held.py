@@ -96,8 +96,9 @@ def _channel_held_fwd_kernel(
     weight, bias = load_affine(parameters, channel, channel_mask, LAST)
     rstd = to_channels(tl.rsqrt(variance + tl.cast(scalars[0], tl.float32)), UNITS, LAST)
     seed = tl.load(seed_ptr) if seed_ptr is not None else None
+    mask_row, col0, cols = drop_rows(row, at, FORM)
     write_output(
-        *(x * (weight * rstd) + bias, None, Drop(seed, *drop_rows(row, at, FORM), threshold)),
+        *(x * (weight * rstd) + bias, None, Drop(seed, mask_row, col0, cols, threshold)),
         *(Place(residual_ptr, offset, None, inside), Place(y_ptr, offset, None, mask)),
         *(scalars, FORM),
     )

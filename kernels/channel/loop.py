@@ -134,9 +134,10 @@ def _channel_loop_fwd_kernel(
             channel0 = group0 * WIDTH + unit0
             at = At(sample, channel, channel_mask, channel0, position0, channels, positions)
             x, row, offset, mask, inside, _count = load_tile(z_ptr, mask_ptr, at, FORM, RUN)
+            mask_row, col0, cols = drop_rows(row, at, FORM)
             write_output(
                 (x - centre - mean) * scale + bias,
-                *(None, Drop(seed, *drop_rows(row, at, FORM), threshold)),
+                *(None, Drop(seed, mask_row, col0, cols, threshold)),
                 *(Place(residual_ptr, offset, None, inside), Place(y_ptr, offset, None, mask)),
                 *(scalars, FORM),
             )

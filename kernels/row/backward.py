@@ -11,7 +11,7 @@ needs, after which any part of a row can be treated by itself, as without a norm
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -245,9 +245,10 @@ def row_backward(
     with tuning.device_of(z):
         sums = None
         if name and col_blocks > 1:
+            means: tuple[Any, tuning.Tile, dict[str, int]]
             means = (_row_sums_kernel, tuning.row_sums_tile(device), {})
-            how = sums_kernel(device) if gated else means
-            sums = row_sums(inputs, seed, scalars, form, *how)
+            means = sums_kernel(device) if gated else means
+            sums = row_sums(inputs, seed, scalars, form, *means)
         programs = tuning.programs(triton.cdiv(rows, tile.block_m), col_blocks, tile, device)
         partial = None
         if made:
