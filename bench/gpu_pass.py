@@ -89,7 +89,7 @@ exit "$status"
 
 
 _INSTALL = """
-"$PY" -c 'import fused.kernels.tuned' 2>/dev/null ||
+"$PY" -c 'import fused.kernels.tuning.tuned' 2>/dev/null ||
   FUSED_NO_EXT=1 "$PY" -m pip install --quiet --no-build-isolation --no-deps -e .
 "$PY" -m bench.machine --out "$OUT/machine.json"
 """

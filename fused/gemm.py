@@ -4,7 +4,7 @@ The alternative is the library's GEMM and one pass over its result. `FUSED_GEMM`
 says which it is, for the whole process:
 
     library   always the library's GEMM
-    auto      one kernel where a rule of kernels/gemm_tuning.py has it faster, or where
+    auto      one kernel where a rule of kernels/tuning/gemm.py has it faster, or where
               `python -m fused tune linear` has measured so on this GPU (the default)
     fused     one kernel wherever there is one
 
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from .backend import choose
-from .kernels import gemm_tuning, tuned
-from .kernels.gemm_tuning import Kind
+from .kernels.tuning import gemm as gemm_tuning
+from .kernels.tuning import tuned
+from .kernels.tuning.gemm import Kind
 
 MODES = ("auto", "library", "fused")
 
@@ -96,15 +97,15 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _device(index: int) -> tuple[int, int]:
-    """(architecture, threads of a warp) of a GPU, as kernels/tuning.py has them."""
-    from .kernels import tuning
+    """(architecture, threads of a warp) of a GPU, as kernels/tuning/rules.py has them."""
+    from .kernels.tuning import rules as tuning
 
     device = tuning.gpu(index)
     return device.arch, device.warp_size
 
 
 def _name(index: int) -> str:
-    from .kernels import tuning
+    from .kernels.tuning import rules as tuning
 
     return tuning.gpu(index).name
 

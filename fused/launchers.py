@@ -39,20 +39,25 @@ def launcher(place: Place) -> Callable[..., Any]:
     return call_in_place if place.in_place else call
 
 
-# Those whose launcher in kernels/channel.py has the operator's name and arguments.
-CHANNEL_LAUNCHERS = tuple(
-    f"channel_{name}" for name in ("statistics", "forward", "apply", "backward", "sums", "gradient")
-)
+# Of operators whose launcher has their name and arguments.
+CHANNEL_PLACES = {
+    "forward": ("statistics", "forward", "apply"),
+    "backward": ("backward", "sums", "gradient"),
+}
 PLACES = {
-    "row_forward": Place("row", "row_forward"),
-    "row_forward_": Place("row", "row_forward", in_place=True),
-    "row_backward": Place("row_backward", "row_backward"),
-    "channel_apply_": Place("channel", "channel_apply", in_place=True),
-    **{name: Place("channel", name) for name in CHANNEL_LAUNCHERS},
+    "row_forward": Place("row.forward", "row_forward"),
+    "row_forward_": Place("row.forward", "row_forward", in_place=True),
+    "row_backward": Place("row.backward", "row_backward"),
+    "channel_apply_": Place("channel.forward", "channel_apply", in_place=True),
+    **{
+        f"channel_{name}": Place(f"channel.{module}", f"channel_{name}")
+        for module, names in CHANNEL_PLACES.items()
+        for name in names
+    },
 }
 # By Triton alone; gemm.py asks for them where it serves.
 LINEAR_PLACES = {
-    f"linear_{name}_forward": Place(f"gemm_{name}", f"linear_{name}_forward")
+    f"linear_{name}_forward": Place(f"gemm.{name}", f"linear_{name}_forward")
     for name in ("row", "channel")
 }
 TRITON: Launchers = {name: launcher(place) for name, place in PLACES.items()}

@@ -12,7 +12,7 @@ channels last, (samples, positions, channels).
 A gated activation halves the features: z has 2N columns and y has N, those of a (the first half,
 the value) times an activation of b (the second half, the gate). Its norm is over all 2N.
 
-Adding an activation: one entry here, one pair in kernels/activation.py, one struct in
+Adding an activation: one entry here, one pair in kernels/parts/activation.py, one struct in
 csrc/activation.h. tests/test_architecture.py fails until all exist.
 """
 

@@ -1,11 +1,11 @@
 """`python -m fused tune`: the rules of the GPU kernels against what this GPU does.
 
-The rules of kernels/tuning.py and kernels/channel_tuning.py count registers and bytes; what they
-cannot know is how a GPU schedules. For each of their tiles that the cases of tune_cases.py use this
-measures half and twice the rows, by half and twice the warps, and writes those that are clearly
-faster to a table that the rules read (kernels/tuned.py). A tile that cannot be compiled or gives
-other results than the rule's is left out. tune_linear.py does the same for Linears, which one
-kernel or the library's GEMM can serve.
+The rules of kernels/tuning (rules.py, channel.py) count registers and bytes; what they cannot know
+is how a GPU schedules. For each of their tiles that the cases of tune_cases.py use this measures
+half and twice the rows, by half and twice the warps, and writes those that are clearly faster to a
+table that the rules read (kernels/tuning/tuned.py). A tile that cannot be compiled or gives other
+results than the rule's is left out. tune_linear.py does the same for Linears, which one kernel or
+the library's GEMM can serve.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .clock import GAIN, Measure, measure_on_gpu, median_ratio, noise_floor
-from .kernels import tuned
+from .kernels.tuning import tuned
 from .tune_cases import Case, channel_cases, row_cases
 from .tune_linear import LinearCase, default_cases, gain_of, is_served
 

@@ -1,9 +1,9 @@
 """`python -m fused tune linear`: one kernel for a Linear and what follows it, against the library.
 
 For each width, dtype and norm: the library's GEMM and the pass over its result, and the one kernel
-of kernels/gemm_*.py, forward in training. The batch decides nothing (gemm.py), so the kernel has to
-be faster at a small and at a large one. What is faster goes to the table of kernels/tuned.py, which
-`FUSED_GEMM=auto` reads.
+of kernels/gemm, forward in training. The batch decides nothing (gemm.py), so the kernel has to be
+faster at a small and at a large one. What is faster goes to the table of kernels/tuning/tuned.py,
+which `FUSED_GEMM=auto` reads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import gemm, ops
 from .clock import Measure, median_ratio, noise_floor
-from .kernels import gemm_tuning
+from .kernels.tuning import gemm as gemm_tuning
 from .spec import make_spec
 from .tune_cases import ACTIVATION, Call, P, short
 

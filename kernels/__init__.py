@@ -1,16 +1,8 @@
 """Triton kernels of the fused chain; installed as `fused.kernels`.
 
-One direction only:
-
-    row.py, row_backward.py → row_sums.py, column_sum.py, row_epilogue.py
-    → activation.py, norm.py, dropout.py → elementary.py, tile.py, tuning.py → ..spec
-
-    gemm_row.py → gemm_tma.py → gemm_tile.py, gemm_tuning.py → row_epilogue.py and what it uses
-    gemm_channel.py → gemm_batch.py → gemm_tile.py, gemm_tuning.py → the channel kernels
-
-    channel.py → channel_backward.py → channel_held.py, channel_loop.py (and their …_backward.py),
-    channel_statistics.py, channel_apply.py, channel_gradient.py → channel_epilogue.py
-    → channel_tile.py, channel_problem.py → channel_tuning.py → the above but row….py
+One direction only: row/, channel/ and gemm/ (which takes the stages of the other two) → parts/ and
+tuning/ → ..spec. parts/ has the activations, the norm along rows, dropout, tiles of memory, and
+the output stage with its gradient.
 
 Nothing here checks what a user passed (functional.py does) and nothing here knows autograd
 (autograd.py does).

@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from fused.kernels import tuned
+from fused.kernels.tuning import tuned
 
 from fused import backend, by_torch, gemm
 

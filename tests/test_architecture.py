@@ -23,7 +23,7 @@ from fused.spec import (
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 300  # lines of a source file; around 150 is normal
-SOURCES = ("fused/*.py", "kernels/*.py", "bench/**/*.py", "csrc/**/*.h", "csrc/**/*.cpp")
+SOURCES = ("fused/*.py", "kernels/**/*.py", "bench/**/*.py", "csrc/**/*.h", "csrc/**/*.cpp")
 SOURCES += ("csrc/**/*.cu", "csrc/**/*.cuh", "tests/cuda/*.py", "tests/cuda/emulation/*.h")
 SOURCES += ("setup.py",)
 # What may be longer, and why.
@@ -63,7 +63,7 @@ def camel(name: str) -> str:
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_exists_in_every_layer(name: str) -> None:
     assert f"struct {camel(name)} {{" in (ROOT / "csrc/activation.h").read_text()
-    assert f'"{name}"' in (ROOT / "kernels/activation.py").read_text()
+    assert f'"{name}"' in (ROOT / "kernels/parts/activation.py").read_text()
     h = torch.linspace(-3, 3, 7)
     assert reference.activate(h, name, 1.0, 20.0).shape == h.shape
     module = ACTIVATIONS[name].module
@@ -121,10 +121,18 @@ def test_imports_go_one_way() -> None:
 
 
 def test_kernels_import_nothing_but_the_specification() -> None:
-    for path in (ROOT / "kernels").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 2:
-                assert node.module in ("spec", "random"), f"{path.name} imports {node.module}"
+    """And one way: a folder those behind it."""
+    order = ("tuning", "parts", "row", "channel", "gemm")
+    for folder in order:
+        for path in (ROOT / "kernels" / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.level == 3:
+                    assert node.module in ("spec", "random"), f"{path} imports {node.module}"
+                elif isinstance(node, ast.ImportFrom) and node.level == 2:
+                    target = str(node.module).partition(".")[0]
+                    assert order.index(target) < order.index(folder), f"{path} imports {target}"
+    assert {path.name for path in (ROOT / "kernels").glob("*.py")} == {"__init__.py"}
+    assert {path.parent.name for path in (ROOT / "kernels").glob("*/*.py")} == set(order)
 
 
 def test_files_can_be_read() -> None:

@@ -72,9 +72,9 @@ FAILURES = [
 def row_forward(*args, **kwargs):
     raise FAILURES[0]
 
-kernels, row = types.ModuleType("fused.kernels"), types.ModuleType("fused.kernels.row")
-kernels.row, row.row_forward = row, row_forward
-sys.modules |= {"fused.kernels": kernels, "fused.kernels.row": row}
+names = ("fused.kernels", "fused.kernels.row", "fused.kernels.row.forward")
+sys.modules |= {name: types.ModuleType(name) for name in names}
+sys.modules[names[-1]].row_forward = row_forward
 arange = torch.arange
 torch.arange = lambda *args, device=None, **kwargs: arange(*args, **kwargs)
 torch.cuda.is_available = lambda: True

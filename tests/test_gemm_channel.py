@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from fused.kernels import gemm_tuning
+from fused.kernels.tuning import gemm as gemm_tuning
 from gemm_calls import HALF, gradients, recorded
 from torch import Tensor, nn
 

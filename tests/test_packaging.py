@@ -88,7 +88,7 @@ def run_python(code: str, folder: Path, site: Path | None = None) -> str:
 
 def test_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
     expected = {f"fused/{path.name}" for path in (ROOT / "fused").glob("*.py")}
-    expected |= {f"fused/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    expected |= {f"fused/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     expected |= {"fused/py.typed", "fused/_C.missing", "fused/_cuda.missing"}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}

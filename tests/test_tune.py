@@ -13,7 +13,9 @@ import torch
 
 pytest.importorskip("triton", reason="the rules are those of Triton kernels")
 
-from fused.kernels import channel_tuning, tuned, tuning
+from fused.kernels.tuning import channel as channel_tuning
+from fused.kernels.tuning import rules as tuning
+from fused.kernels.tuning import tuned
 from test_tuned import GPU, forward_tile, key
 
 from fused import backend, clock, tune, tune_cases

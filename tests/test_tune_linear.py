@@ -9,7 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
-from fused.kernels import gemm_tuning, tuned
+from fused.kernels.tuning import gemm as gemm_tuning
+from fused.kernels.tuning import tuned
 from gemm_calls import H100, HALF, gradients
 
 import fused

@@ -10,7 +10,9 @@ import pytest
 
 pytest.importorskip("triton", reason="the rules are those of Triton kernels")
 
-from fused.kernels import channel_tuning, tuned, tuning
+from fused.kernels.tuning import channel as channel_tuning
+from fused.kernels.tuning import rules as tuning
+from fused.kernels.tuning import tuned
 
 pytestmark = pytest.mark.usefixtures("table")
 GPU = tuning.Device(132, 32, 90, "Some GPU")

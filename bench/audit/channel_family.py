@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from fused.kernels.channel import channel_apply, channel_backward, channel_forward
+from fused.kernels.channel.backward import channel_backward
+from fused.kernels.channel.forward import channel_apply, channel_forward
 from torch import Tensor
 
 from fused.spec import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT, Spec, make_spec
@@ -25,9 +26,9 @@ class Scene(NamedTuple):
     groups: int = 32
 
 
-# For each way that channel_tuning.py can choose one or more, in both layouts: z walked over, groups
-# held in a tile, groups looped over, groups shared by programs. "narrow": rows of memory that are
-# no multiples of 16 bytes.
+# For each way that kernels/tuning/channel.py can choose one or more, in both layouts: z walked
+# over, groups held in a tile, groups looped over, groups shared by programs. "narrow": rows of
+# memory that are no multiples of 16 bytes.
 SCENES = {
     "batch planar": Scene("batch", False, 8, 64, 3136),
     "batch last": Scene("batch", True, 8, 64, 3136),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from unittest import mock
 
 import torch
-from fused.kernels import gemm_tuning
-from fused.kernels.gemm_channel import linear_channel_forward
-from fused.kernels.gemm_row import linear_row_forward
+from fused.kernels.gemm.channel import linear_channel_forward
+from fused.kernels.gemm.row import linear_row_forward
+from fused.kernels.tuning import gemm as gemm_tuning
 
 from fused.spec import CHANNEL_NORMS, Spec, make_spec
 

@@ -164,14 +164,21 @@ def _patch_launch() -> None:
         if _State.log is not None:
             _State.log.append(_State.launch)
         found = []
-        # zip stops at the arguments that are given by position
-        for name, given in [*zip(self.arg_names, host, strict=False), *host_kwargs.items()]:
+
+        def note(name: str, given: object) -> None:
+            if isinstance(given, tuple):
+                for i, entry in enumerate(given):
+                    note(f"{name}[{i}]", entry)
             value = getattr(given, "base", given)  # of a tensor descriptor
             if hasattr(value, "data_ptr") and value.numel():
                 _State.launch.sizes[name] = value.numel() * value.element_size()
                 place = (value.data_ptr(), value.element_size())
                 shape = (tuple(value.shape), tuple(value.stride()))
                 found.append(_Argument(name, *place, *shape))
+
+        # zip stops at the arguments that are given by position
+        for name, given in [*zip(self.arg_names, host, strict=False), *host_kwargs.items()]:
+            note(name, given)
         _State.arguments = tuple(found)
         return host, host_kwargs
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 from unittest import mock
 
 import torch
-from fused.kernels import tuning
+from fused.kernels.tuning import rules as tuning
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -51,17 +52,27 @@ class Launch:
     def name(self) -> str:
         return self.kernel.__name__
 
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """The arguments and the entries of packs, by their own names where they have one."""
+        found = dict(self.arguments)
+        for name, value in self.arguments.items():
+            if isinstance(value, tuple):
+                names = getattr(value, "_fields", [f"{name}[{i}]" for i in range(len(value))])
+                found |= dict(zip(names, value, strict=True))
+        return found
+
     @property
     def present(self) -> tuple[str, ...]:
         """The names of the tensors."""
-        return tuple(k for k, v in self.arguments.items() if isinstance(v, torch.Tensor))
+        return tuple(k for k, v in self.values.items() if isinstance(v, torch.Tensor))
 
     @property
     def streams(self) -> list[torch.Tensor]:
         """The tensors as large as the problem."""
         names = [name for name in STREAMS if name in self.present]
         names = names or [name for name in (PARTIAL,) if name in self.present]
-        return [self.arguments[name] for name in names]
+        return [self.values[name] for name in names]
 
     @property
     def element_bytes(self) -> int:
@@ -73,18 +84,18 @@ class Launch:
     def tile(self) -> int:
         """Elements that a program treats at once; 0 where the kernel does not say."""
         for names in _TILES:
-            if all(name in self.arguments for name in names):
-                return prod(self.arguments[name] for name in names)
+            if all(name in self.values for name in names):
+                return prod(self.values[name] for name in names)
         return 0
 
     @property
     def aligned(self) -> bool:
         """Whether rows and addresses allow 16-byte accesses, by the hint that the kernel gets."""
-        hints = [value for name, value in self.arguments.items() if name.startswith("ALIGN")]
+        hints = [value for name, value in self.values.items() if name.startswith("ALIGN")]
         if not hints or not self.streams:
             return False
         itemsize = self.streams[0].element_size()
-        tensors = (self.arguments[name] for name in self.present)
+        tensors = (self.values[name] for name in self.present)
         return all(hint * itemsize == 16 for hint in hints) and all(
             t.data_ptr() % 16 == 0 for t in tensors
         )
@@ -92,33 +103,38 @@ class Launch:
     @property
     def exact(self) -> bool:
         """Whether the kernel asks for float32 products in full: no matrix unit makes them."""
-        narrow = any(self.arguments[name].dtype in _HALVES for name in self.present)
-        return self.arguments.get("PRECISION") == "ieee" and not narrow
+        narrow = any(self.values[name].dtype in _HALVES for name in self.present)
+        return self.values.get("PRECISION") == "ieee" and not narrow
 
     def source(self) -> ASTSource:
         """The source as Triton's own launch would specialise it: types, 16-byte addresses, None."""
-        signature: dict[str, str] = {}
-        constants: dict[str, Any] = {}
-        attributes: dict[tuple[int], Any] = {}
-        for i, parameter in enumerate(self.kernel.params):
-            value = self.arguments[parameter.name]
-            free = parameter.do_not_specialize
-            one = type(value) is int and value == 1 and not free
-            if parameter.is_constexpr or value is None or one:
-                signature[parameter.name], constants[parameter.name] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[parameter.name] = _POINTERS[value.dtype]
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], Any] = {}
+
+        def type_of(value: Any, path: tuple[int, ...], constant: bool, free: bool) -> Any:
+            if not constant and isinstance(value, tuple):
+                # Triton specialises what is in a pack, whatever do_not_specialize says.
+                return tuple(type_of(v, (*path, i), False, False) for i, v in enumerate(value))
+            if constant or value is None or (type(value) is int and value == 1 and not free):
+                constants[path] = value
+                return "constexpr"
+            if isinstance(value, torch.Tensor):
                 if value.data_ptr() % 16 == 0:
-                    attributes[(i,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, TensorDescriptor):
+                    attributes[path] = [["tt.divisibility", 16]]
+                return _POINTERS[value.dtype]
+            if isinstance(value, TensorDescriptor):
                 dtype = _POINTERS[value.base.dtype].removeprefix("*")
-                signature[parameter.name] = f"tensordesc<{dtype}{list(value.block_shape)}>"
-            elif isinstance(value, float):
-                signature[parameter.name] = "fp32"
-            else:
-                signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-                if value % 16 == 0 and not free:
-                    attributes[(i,)] = [["tt.divisibility", 16]]
+                return f"tensordesc<{dtype}{list(value.block_shape)}>"
+            if isinstance(value, float):
+                return "fp32"
+            if value % 16 == 0 and not free:
+                attributes[path] = [["tt.divisibility", 16]]
+            return "i32" if abs(value) < 2**31 else "i64"
+
+        signature = {
+            p.name: type_of(self.arguments[p.name], (i,), p.is_constexpr, p.do_not_specialize)
+            for i, p in enumerate(self.kernel.params)
+        }
         return ASTSource(self.kernel, signature, constants, attributes)
 
 

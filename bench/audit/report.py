@@ -53,7 +53,7 @@ class Measured:
             aligned=launch.aligned,
             per_thread=launch.tile / threads,
             element_bytes=launch.element_bytes,
-            tile_rows=launch.arguments.get("BLOCK_M", 0),
+            tile_rows=launch.values.get("BLOCK_M", 0),
             writes=any(name in launch.present for name in OUTPUTS),
             masked="mask_ptr" in launch.present,
             sums=PARTIAL in launch.present,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from fused.kernels.row import row_forward
-from fused.kernels.row_backward import row_backward
+from fused.kernels.row.backward import row_backward
+from fused.kernels.row.forward import row_forward
 from torch import Tensor
 
 from fused.spec import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fused.kernels.tuning import Device
+from fused.kernels.tuning.rules import Device
 from triton.backends.compiler import GPUTarget
 
 

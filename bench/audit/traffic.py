@@ -61,7 +61,7 @@ def _sources() -> str:
     folders = [Path(fused.__file__).parent, Path(fused.kernels.__file__).parent]
     digest = hashlib.sha256(f"{triton.__version__} {torch.__version__}".encode())
     for folder in (*folders, Path(__file__).parent):
-        for path in sorted(folder.glob("*.py")):
+        for path in sorted(folder.rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -61,7 +61,7 @@ def test_instruction_counts_are_those_of_the_committed_report(report: Report) ->
 @pytest.mark.full
 def test_every_kernel_is_compiled_for_every_target(report: Report) -> None:
     kernels = set()
-    for path in (ROOT / "kernels").glob("*.py"):
+    for path in (ROOT / "kernels").rglob("*.py"):
         kernels |= set(re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.M))
     assert kernels
     found = {(m.kernel, m.target) for m in report.binaries}

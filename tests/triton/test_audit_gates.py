@@ -38,8 +38,10 @@ def closed(measured: Measured) -> set[str]:
     return {name for name in OF_BINARIES if gates.GATES[name](report)}
 
 
-def with_arguments(launch: Launch, **different: Any) -> Launch:
-    return replace(launch, arguments=launch.arguments | different)
+def with_form(launch: Launch, **different: Any) -> Launch:
+    """Compiled for another form."""
+    form = launch.arguments["FORM"]._replace(**different)
+    return replace(launch, arguments=launch.arguments | {"FORM": form})
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_a_word_put_aside_passes_for_the_listed_version_alone(sound: Measured) -
 
 def test_widths_close_on_a_kernel_that_is_not_told_the_alignment() -> None:
     launch = first_launch(FORWARD, width=1024, fit="ragged")
-    spoiled = measure(with_arguments(launch, ALIGN=1))
+    spoiled = measure(with_form(launch, ALIGN=1))
     assert closed(replace(spoiled, aligned=launch.aligned)) == {"widths"}
 
 
@@ -149,7 +151,7 @@ def test_matrix_units_are_seen(target: str) -> None:
 def test_instructions_close_on_a_slower_formula(sound: Measured) -> None:
     # Without bare PTX, exponential and reciprocal are several instructions each.
     launch = first_launch(FORWARD)
-    slower = replace(measure(with_arguments(launch, PTX=False)), case=sound.case)
+    slower = replace(measure(with_form(launch, PTX=False)), case=sound.case)
     complaints = gates.instructions(Report(binaries=[slower]), Report(binaries=[sound]))
     assert "instructions" in complaints[0] and "--accept" in complaints[-1]
     assert not gates.instructions(Report(binaries=[sound]), Report(binaries=[sound]))

@@ -1,4 +1,4 @@
-"""Compiles the GEMM kernels as gemm_tuning.py would launch them on five GPUs; reads the binaries.
+"""Compiles the GEMM kernels as their rules would launch them on five GPUs; reads the binaries.
 
 No GPU needed. Asserted: no spilled registers; matrix instructions (but for float32 in full
 precision, for which there are none); x and weight by 16-byte asynchronous copies or, on AMD, loads;
@@ -22,9 +22,9 @@ import torch
 pytest.importorskip("triton", reason="compiling Triton kernels needs triton")
 
 import triton
-from fused.kernels import gemm_tuning
-from fused.kernels.gemm_channel import linear_channel_forward
-from fused.kernels.gemm_row import linear_row_forward
+from fused.kernels.gemm.channel import linear_channel_forward
+from fused.kernels.gemm.row import linear_row_forward
+from fused.kernels.tuning import gemm as gemm_tuning
 from gemm_oracle import Case, forward_arguments, make_inputs
 
 from bench.audit.assembly import _CUOBJDUMP
@@ -99,7 +99,7 @@ def check(launch: Launch, arch: str, *, matrix: bool = True) -> None:
     binary = audit(launch, arch)
     found = opcodes(launch, arch)
     copies = {name: n for name, n in found.items() if name.startswith(("LDGSTS", "UTMA"))}
-    what = f"{launch.kernel.__name__} {launch.arguments['BLOCK_N']} on {arch}: {binary} {copies}"
+    what = f"{launch.kernel.__name__} {launch.values['BLOCK_N']} on {arch}: {binary} {copies}"
     # What is stored and never read is no spill: with triton 3.6 on sm_120 each TMA load does that.
     reloads = sum(n for name, n in found.items() if name.startswith("LDL"))
     assert binary.spills == 0 or (arch == "sm_120" and reloads == 0), what
@@ -122,7 +122,7 @@ def check(launch: Launch, arch: str, *, matrix: bool = True) -> None:
 @pytest.mark.parametrize("case", EVERYWHERE, ids=str)
 def test_every_width_on_every_gpu(case: Case, arch: str) -> None:
     if arch == "sm_100" and case.cols == 512 and case.norm:
-        pytest.skip("gemm_tuning.py has no tile: it spills")
+        pytest.skip("kernels/tuning/gemm.py has no tile: it spills")
     check(launch_of(case, arch), arch)
 
 

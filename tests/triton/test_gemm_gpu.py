@@ -64,7 +64,7 @@ def test_shapes(norm: str | None, dtype: torch.dtype, cols: int, rows: int, inne
 @pytest.mark.parametrize("norm", EVERY_NORM)
 def test_wide_rows(norm: str | None, dtype: torch.dtype, cols: int) -> None:
     if norm in ("layer", "rms") and torch.cuda.get_device_capability()[0] in (10, 11):
-        pytest.skip("gemm_tuning.py has no tile for this GPU")
+        pytest.skip("kernels/tuning/gemm.py has no tile for this GPU")
     groups = 10 if cols == 320 else 2
     check(Case(2049, 768, cols, dtype, norm, gap=8, groups=groups), device="cuda")
 

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
-from fused.kernels.row import row_forward
+from fused.kernels.row.forward import row_forward
 from oracle import (
     ALL,
     Case,

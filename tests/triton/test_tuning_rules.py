@@ -23,11 +23,10 @@ def launches(family: Family, **different: Any) -> list[Launch]:
     return launches_of(family, family.ordinary | {"target": "sm_90"} | different)
 
 
-def constants(family: Family, **different: Any) -> list[dict[str, object]]:
-    return [
-        {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
-        for launch in launches(family, **different)
-    ]
+def constants(family: Family, **different: Any) -> list[tuple[object, ...]]:
+    """What is compiled in: constants, types and what Triton makes of integers within packs."""
+    sources = [launch.source() for launch in launches(family, **different)]
+    return [(s.constants, s.signature, s.attrs) for s in sources]
 
 
 @pytest.mark.parametrize("family", ROW + GATED, ids=lambda f: f.name)
@@ -50,7 +49,7 @@ def test_the_gate_is_as_aligned_as_half_a_row(family: Family, half: int, align: 
     """1004 columns: rows of z are whole 16-byte units of bf16, and the gate begins between two."""
     gated = [launch for launch in launches(family, width=half) if "gated" in launch.name]
     assert gated
-    assert all(launch.arguments["ALIGN"] == align for launch in gated)
+    assert all(launch.values["ALIGN"] == align for launch in gated)
 
 
 @pytest.mark.parametrize(

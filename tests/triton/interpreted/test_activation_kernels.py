@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fused.kernels.activation import activate, activate_grad
+from fused.kernels.parts.activation import activate, activate_grad
 
 from fused import reference
 from fused.spec import ACTIVATIONS

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from channel_cases import Inputs, make_epilogue, make_inputs, named, seed_of
 from channel_oracle import LAUNCHERS
-from fused.kernels import channel_tuning as tuning
-from fused.kernels.channel_tile import place
+from fused.kernels.channel.tile import place
+from fused.kernels.tuning import channel as tuning
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.audit.interpreter import Launch, launches

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from fused.kernels import gated_tuning
+from fused.kernels.tuning import gated as gated_tuning
 from oracle import (
     ALL,
     Case,

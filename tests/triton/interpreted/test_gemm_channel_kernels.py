@@ -9,8 +9,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from fused.kernels import gemm_tuning, tuning
-from fused.kernels.gemm_channel import linear_channel_forward
+from fused.kernels.gemm.channel import linear_channel_forward
+from fused.kernels.tuning import gemm as gemm_tuning
+from fused.kernels.tuning import rules as tuning
 from gemm_oracle import Case, check, forward_arguments, make_inputs, matrix_of_cases, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -9,8 +9,11 @@ from unittest import mock
 
 import pytest
 import torch
-from fused.kernels import gemm_row, gemm_tuning, tuning
-from fused.kernels.gemm_row import linear_row_forward
+from fused.kernels.gemm import row as gemm_row
+from fused.kernels.gemm import tile as gemm_tile
+from fused.kernels.gemm.row import linear_row_forward
+from fused.kernels.tuning import gemm as gemm_tuning
+from fused.kernels.tuning import rules as tuning
 from gemm_oracle import (
     Case,
     check,
@@ -202,13 +205,16 @@ def test_rows_of_outputs_beyond_2_to_the_31_elements() -> None:
     case = Case(rows, 8, cols, p=0.5)
     x = make_inputs(replace(case, rows=1))
     x = replace(x, x=x.x.expand(rows, 8))
-    tile = gemm_row.tile_of_program
+    tile = gemm_tile.tile_of_program
 
     def last_tile(index, rows, cols, whole, block_m, block_n):
         return tile(index + (rows - 1) // block_m, rows, cols, whole, block_m, block_n)
 
     one_program = SimpleNamespace(cdiv=lambda a, b: 1)
-    with mock.patch.multiple(gemm_row, tile_of_program=last_tile, triton=one_program):
+    with (
+        mock.patch.object(gemm_tile, "tile_of_program", last_tile),
+        mock.patch.object(gemm_row, "triton", one_program),
+    ):
         y, z, statistics = linear_row_forward(*forward_arguments(case, x))
     row = replace(x, x=x.x[:1])
     expected = linear_row_forward(*forward_arguments(replace(case, rows=1, p=0.0), row))

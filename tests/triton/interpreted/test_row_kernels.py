@@ -10,8 +10,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fused.kernels import tuning
-from fused.kernels.row import row_forward
+from fused.kernels.row.forward import row_forward
+from fused.kernels.tuning import rules as tuning
 from oracle import (
     ALL,
     Case,

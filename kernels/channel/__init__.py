@@ -1,0 +1,1 @@
+"""Norms over samples or positions, and dropout of channels."""

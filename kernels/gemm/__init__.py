@@ -1,0 +1,1 @@
+"""A Linear and what follows it in one kernel."""

@@ -1,0 +1,1 @@
+"""Device functions and small kernels that all families share."""

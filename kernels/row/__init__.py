@@ -1,0 +1,1 @@
+"""Norms along rows, and gated activations."""

@@ -1,0 +1,1 @@
+"""Rules and tables: which tile a kernel takes."""
