@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for product in products.values():
-        # A program of an interpreted kernel takes 30 ms.
+        # A program of an interpreted kernel takes many milliseconds.
         interpreted = product[0].path.parent.name == "interpreted"
         for item in beyond_covering(product, 1 if interpreted else 2):
             item.add_marker("full")
