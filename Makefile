@@ -4,7 +4,7 @@
 PYTHON ?= python3
 TESTS ?= tests
 # Two processes side by side, each with one thread; tests that need several threads ask for them.
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -n $(or $(JOBS),2) --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv/bin/pytest -n $(or $(JOBS),2) --dist worksteal
 # The tests that drive the C++ kernels.
 SANITIZE_TESTS ?= tests/test_row.py tests/test_row_memory.py tests/test_gated.py \
   tests/test_gated_memory.py tests/test_channel.py tests/test_channel_memory.py \

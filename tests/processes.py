@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -101,13 +103,15 @@ os._exit(status)
 
 @cache
 def forks() -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    server = subprocess.Popen(
         [sys.executable, "-c", FORKS],
         env=os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
+    atexit.register(server.communicate)  # ends its loop
+    return server
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -119,6 +123,17 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
         print(json.dumps([code, given, *map(str, files)]), file=server.stdin, flush=True)
         status = int(server.stdout.readline())
         return subprocess.CompletedProcess(code, status, *(f.read_text() for f in files))
+
+
+def start_processes(work: Callable[..., None], count: int, *arguments: object) -> None:
+    """Runs work(rank, *arguments), a function of a test file, in several processes side by side."""
+    done = run_python(
+        f"import sys; sys.path[:0] = {sys.path}\n"
+        f"from {work.__module__} import {work.__name__} as work\n"
+        "from torch.multiprocessing import start_processes\n"
+        f"start_processes(work, {arguments}, {count}, start_method='fork')"
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def probe(prelude: str = "", after: str = "", device: str = "cpu", **environment: str) -> Any:
