@@ -48,8 +48,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for product in products.values():
-        interpreted = product[0].path.parent.name == "interpreted"
-        once = interpreted or product[0].get_closest_marker("once")
+        # Emulated and interpreted threads are slow.
+        slow = product[0].path.parent.name in ("cuda", "interpreted")
+        once = slow or product[0].get_closest_marker("once")
         for item in beyond_covering(product, 1 if once else 2):
             item.add_marker("full")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
