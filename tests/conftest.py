@@ -48,9 +48,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for product in products.values():
-        # A program of an interpreted kernel takes 30 ms.
-        interpreted = product[0].path.parent.name == "interpreted"
-        for item in beyond_covering(product, 1 if interpreted else 2):
+        # Emulated and interpreted threads are slow.
+        slow = product[0].path.parent.name in ("cuda", "interpreted")
+        once = slow or product[0].get_closest_marker("once")
+        for item in beyond_covering(product, 1 if once else 2):
             item.add_marker("full")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     shard = os.environ.get("FUSED_TEST_SHARD")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +69,71 @@ with warnings.catch_warnings(record=True) as caught:
 """
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONSAFEPATH": "1"} | environment,
-        capture_output=True,
+# Importing torch takes ten times as long as the rest of a probe: a process that has imported it,
+# and nothing else, becomes each of them by a fork, and ends without taking torch down again.
+FORKS = """
+import gc, json, os, signal, sys, torch
+gc.freeze()
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+code, environment, *files = json.loads(line)
+for stream, file in enumerate(files, 1):
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+os.environ.clear()
+os.environ.update(environment)
+sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+signal.alarm(300)
+status = 0
+try:
+    exec(code, {"__name__": "__main__"})
+except SystemExit as ended:
+    status = ended.code or 0
+except BaseException:
+    sys.excepthook(*sys.exc_info())
+    status = 1
+sys.stdout.flush()
+os._exit(status)
+"""
+
+
+@cache
+def forks() -> subprocess.Popen[str]:
+    server = subprocess.Popen(
+        [sys.executable, "-c", FORKS],
+        env=os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
+    atexit.register(server.communicate)  # ends its loop
+    return server
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the code in a process that has imported torch, and not fused."""
+    given, server = os.environ | environment, forks()
+    assert server.stdin and server.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        print(json.dumps([code, given, *map(str, files)]), file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        return subprocess.CompletedProcess(code, status, *(f.read_text() for f in files))
+
+
+def start_processes(work: Callable[..., None], count: int, *arguments: object) -> None:
+    """Runs work(rank, *arguments), a function of a test file, in several processes side by side."""
+    done = run_python(
+        f"import sys; sys.path[:0] = {sys.path}\n"
+        f"from {work.__module__} import {work.__name__} as work\n"
+        "from torch.multiprocessing import start_processes\n"
+        f"start_processes(work, {arguments}, {count}, start_method='fork')"
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def probe(prelude: str = "", after: str = "", device: str = "cpu", **environment: str) -> Any:

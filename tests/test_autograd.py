@@ -70,12 +70,12 @@ def opcheck_all(inputs: Inputs, norm: str | None, p: float, wanted: tuple[int, .
         )
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.2])
 @pytest.mark.parametrize("norm", [None, "layer", "rms"])
-def test_opcheck(norm: str | None) -> None:
-    for p in (0.0, 0.2):
-        for affine in (True, False):
-            inputs = make_inputs(5, 12, torch.float32, norm, affine=affine, bias=affine)
-            opcheck_all(inputs, norm, p, (0, 3, 4, 7))
+def test_opcheck(norm: str | None, p: float, affine: bool) -> None:
+    inputs = make_inputs(5, 12, torch.float32, norm, affine=affine, bias=affine)
+    opcheck_all(inputs, norm, p, (0, 3, 4, 7))
 
 
 @pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float32], ids=str)
@@ -265,7 +265,9 @@ def test_gradients_only_where_wanted() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(  # aot_eager compiles in test_graphs.py
+    "engine", [pytest.param("aot_eager", marks=pytest.mark.full), "inductor"]
+)
 def test_compile_full_graph_with_dynamic_batch(engine: str) -> None:
     net = make_net()
     compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=engine)

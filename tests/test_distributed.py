@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
+from processes import start_processes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -299,7 +299,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     folder: Path = tmp_path_factory.mktemp("distributed")
-    mp.spawn(work, (str(folder),), nprocs=PROCESSES)
+    start_processes(work, PROCESSES, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 

@@ -12,32 +12,29 @@ from typing import Any
 
 import pytest
 import torch
+from processes import needs_extension, run_python
 
 import fused
 from fused import __main__ as command
 from fused import backend, doctor, ops
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-needs_extension = pytest.mark.skipif(backend.cpu_isa() is None, reason="the extension is not built")
+# Another process shall import the same package as this one.
+PATHS = [str(Path(fused.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+PYTHONPATH = os.pathsep.join(PATHS)
 
 
-def doctor_json(**environment: str) -> dict[str, Any]:
-    """python -m fused doctor --json, from the same package as this process."""
-    paths = [str(Path(fused.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "fused", "doctor", "--json"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | environment,
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
-
-
-@pytest.fixture(scope="module")
-def report() -> dict[str, Any]:
-    return doctor_json()
 
 
 def of_device(report: dict[str, Any], device: str) -> list[dict[str, Any]]:
@@ -89,7 +86,8 @@ def test_an_absent_gpu_is_explained_and_not_a_failure(report: dict[str, Any]) ->
 
 
 def test_without_the_extension_it_says_why() -> None:
-    report = doctor_json(FUSED_DISABLE_EXT="1")
+    code = "from fused.__main__ import main; main(['doctor', '--json'])"
+    report = json.loads(run_python(code, FUSED_DISABLE_EXT="1", PYTHONPATH=PYTHONPATH).stdout)
     assert report["cpu_isa"] is None
     assert report["environment"]["FUSED_DISABLE_EXT"] == "1"
     for entry in of_device(report, "cpu"):
@@ -257,13 +255,8 @@ def test_version_and_an_ascii_terminal(model_path: str) -> None:
         "doctor.examine = list; doctor.main()\n"
         "main(['--version'])"
     )
-    paths = [model_path, str(Path(fused.__file__).parents[1])]
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-        text=True,
-    )
+    code = f"import sys; sys.stdout.reconfigure(encoding='ascii')\n{code}"
+    done = run_python(code, PYTHONPATH=os.pathsep.join([model_path, PYTHONPATH]))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("linear -> layer -> relu") == 3
     assert done.stdout.splitlines()[-1] == f"fused-lnad {fused.__version__}"

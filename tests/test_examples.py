@@ -7,16 +7,17 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_python
 
 import fused
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FULL = pytest.mark.full  # all but two examples
+CLOSE = {"atol": 2e-3, "rtol": 1e-4}
 SMALL_FLIGHTS = ("--rows", "3000", "--epochs", "1", "--repeats", "3", "--hidden", "32", "16")
 
 
@@ -28,14 +29,11 @@ def need(*packages: str) -> None:
 
 def start_example(name: str, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The example in a process that imports the same `fused` as this one."""
-    paths = [str(Path(fused.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments, "--out", str(out)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    given = [str(EXAMPLES / name), *arguments, "--out", str(out)]
+    code = "runpy.run_path(sys.argv[0], run_name='__main__')"
+    paths = [str(EXAMPLES), str(Path(fused.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return run_python(
+        f"import runpy, sys; sys.argv[:] = {given}; {code}", PYTHONPATH=os.pathsep.join(paths)
     )
 
 
@@ -222,13 +220,9 @@ def test_a_cpp_program_runs_a_packaged_model(tmp_path: Path) -> None:
 
     package = tmp_path / "model.pt2"
     paths = os.pathsep.join([str(Path(fused.__file__).parents[1]), str(serving)])
-    code = "import sys, export; export.main(sys.argv[1])"
-    subprocess.run(
-        [sys.executable, "-c", code, str(package)],
-        env=os.environ | {"PYTHONPATH": paths},
-        check=True,
-        capture_output=True,
-    )
+    done = run_python(f"import export; export.main({str(package)!r})", PYTHONPATH=paths)
+    assert done.returncode == 0, done.stderr
+    served_by_python = torch._inductor.aoti_load_package(str(package))
     spec = importlib.util.spec_from_file_location("export", serving / "export.py")
     assert spec is not None and spec.loader is not None
     export = importlib.util.module_from_spec(spec)
@@ -244,5 +238,6 @@ def test_a_cpp_program_runs_a_packaged_model(tmp_path: Path) -> None:
         )
         x = (torch.arange(rows * 64) * 0.01).reshape(rows, 64).double()
         want = model(x).sum(1)
+        torch.testing.assert_close(served_by_python(x.float()).sum(1), want.float(), **CLOSE)
         got = torch.tensor([float(line) for line in served.stdout.split()], dtype=torch.float64)
-        torch.testing.assert_close(got, want, atol=2e-3, rtol=1e-4)
+        torch.testing.assert_close(got, want, **CLOSE)

@@ -195,6 +195,7 @@ def test_no_symbol_outlives_its_graph(place: str) -> None:
         make_fx(function, tracing_mode="symbolic")(torch.randn(4, 3))
 
 
+@pytest.mark.full  # test_examples.py loads another package
 @pytest.mark.slow
 @pytest.mark.skipif(not SERVED, reason="the C++ kernels are not built")
 def test_aot_inductor_package(tmp_path: Path) -> None:

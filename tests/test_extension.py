@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,7 +88,7 @@ def test_extension_of_older_sources(package: Path, change: str) -> None:
 
 ALONE = """
 import sys, torch
-for path in sys.argv[1:]:
+for path in PATHS:
     torch.ops.load_library(path)
 z = torch.randn(5, 16)
 row_forward = torch.ops.fused_lnad.row_forward
@@ -110,12 +107,7 @@ def test_the_extension_alone_defines_the_operators(tmp_path: Path) -> None:
     """Without the Python package; loaded twice, and another copy of it; then with the package."""
     copy = Path(shutil.copy(EXTENSION, tmp_path))
     for paths in ([EXTENSION, EXTENSION], [copy], [copy, EXTENSION]):
-        done = subprocess.run(
-            [sys.executable, "-c", ALONE, *map(str, paths)],
-            env=os.environ | {"PYTHONSAFEPATH": "1"},
-            capture_output=True,
-            text=True,
-        )
+        done = run_python(f"PATHS = {[*map(str, paths)]}\n{ALONE}")
         assert done.returncode == 0, done.stderr
 
 

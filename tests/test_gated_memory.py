@@ -49,6 +49,7 @@ def test_outputs_are_written_completely(rows: int, half: int, norm: str | None) 
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize(
     "dtype, norm, half",

@@ -6,10 +6,7 @@ implementation from the library's GEMM and the C++ pass, and CPU tensors are tak
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from fused.kernels.tuning import gemm as gemm_tuning
 from gemm_calls import HALF, gradients, recorded
+from processes import run_python
 from torch import Tensor, nn
 
 import fused
@@ -63,13 +61,6 @@ def given_eps(net: fused.LinearNormAct) -> float:
     return 0.0 if norm is None else default_eps("rms", norm.eps, HALF)
 
 
-def python(code: str, **environment: str) -> SimpleNamespace:
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
-    return SimpleNamespace(code=run.returncode, out=run.stdout.strip(), error=run.stderr.strip())
-
-
 @pytest.mark.parametrize(
     "asked, expected",
     [
@@ -84,13 +75,14 @@ def test_the_environment_is_read(asked: str, expected: str) -> None:
         "import sys; from fused import gemm; print(gemm.mode, gemm.enabled);"
         "assert 'triton' not in sys.modules"
     )
-    assert python(code, FUSED_GEMM=asked, FUSED_TUNING="0").out == expected
+    done = run_python(code, FUSED_GEMM=asked, FUSED_TUNING="0")
+    assert done.stdout.strip() == expected, done.stderr
 
 
 def test_another_value_is_one_clear_error() -> None:
-    done = python("import fused", FUSED_GEMM="triton")
-    assert done.code == 1
-    last = done.error.splitlines()[-1]
+    done = run_python("import fused", FUSED_GEMM="triton")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
     assert last == "ValueError: FUSED_GEMM must be one of auto, library, fused; got 'triton'"
 
 

@@ -182,6 +182,7 @@ def test_second_derivatives(calls: list[Any], norm: str, x_needs: bool) -> None:
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(64), nn.GroupNorm(4, 64)], ids=str)
 @pytest.mark.usefixtures("fused_mode")

@@ -44,12 +44,14 @@ def assert_compiles(net: fused.Sequential, *rest: int) -> None:
         assert_close(found, outcome(net, x), 1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("module", ACTIVATIONS, ids=str)
 def test_every_kind_of_activation_compiles(module: nn.Module, p: float) -> None:
     assert_compiles(fused.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), module, nn.Dropout(p)), 8)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("linear", [True, False], ids=["linear", "no linear"])
 def test_chains_compile_in_three_dimensions(norm: str, linear: bool) -> None:
@@ -165,6 +167,7 @@ def test_pickles_of_a_compiled_module() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize(
     "norm, dynamic",
     [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_python
 
 import fused
 from fused import ops
@@ -90,14 +91,10 @@ keep = [ops.row_forward(x, None, None, None, None, None, *make_spec(None, 0.0, "
 assert all(torch.equal(y, x.relu()) for y in keep)
 print("done")
 """
-    for megabytes in ("0", "512"):
-        ran = subprocess.run(
-            [sys.executable, "-c", program],
-            env=os.environ | {"FUSED_CPU_CACHE_MB": megabytes},
-            capture_output=True,
-            text=True,
-        )
-        assert ran.returncode == 0 and ran.stdout == "done\n", ran.stderr
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stdout == "done\n", ran.stderr
+    ran = run_python(program, FUSED_CPU_CACHE_MB="0")
+    assert ran.returncode == 0 and ran.stdout == "done\n", ran.stderr
 
 
 FULL = """
@@ -120,12 +117,7 @@ assert 7 < given_back < 8, given_back
 
 
 def test_the_oldest_block_goes_when_the_cache_is_full() -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", FULL],
-        env=os.environ | {"FUSED_CPU_CACHE_MB": "8"},
-        capture_output=True,
-        text=True,
-    )
+    ran = run_python(FULL, FUSED_CPU_CACHE_MB="8")
     assert ran.returncode == 0, ran.stderr
 
 
@@ -157,7 +149,5 @@ print("done")
 
 
 def test_a_fork_while_threads_make_outputs() -> None:
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=120
-    )
+    ran = run_python(FORK)
     assert ran.stdout == "done\n", ran.stderr

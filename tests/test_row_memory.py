@@ -123,6 +123,7 @@ def check_streams_alike(inputs: Inputs, epilogue: Spec) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import start_processes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -352,7 +353,7 @@ def test_processes(tmp_path: Path) -> None:
         pytest.skip("this torch has no torch.distributed")
     x, world = make_data(), 3
     torch.save(x, tmp_path / "x.pt")
-    torch.multiprocessing.spawn(_process, (str(tmp_path), world), nprocs=world)
+    start_processes(_process, world, str(tmp_path), world)
     for mode in MODES:
         ours = [torch.load(tmp_path / f"{mode}{rank}.pt") for rank in range(world)]
         for other in ours[1:]:

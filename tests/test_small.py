@@ -80,6 +80,7 @@ def test_inference_without_norm() -> None:
         assert torch.equal(chain(x), nn.Sequential(*chain)(x))
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("small_path")
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("gradient", [True, False])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import start_processes
 from torch import Tensor, nn
 
 import fused
@@ -54,11 +54,17 @@ def cases() -> list[tuple[str, str]]:
     return [(kind, backend) for kind in ("block", "sync") for backend in backends]
 
 
-def work(rank: int, split: tuple[int, ...], folder: str) -> None:
+def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    for split in SPLITS:
+        if rank < len(split):
+            work_on(split, rank, f"{folder}/{split}")
+
+
+def work_on(split: tuple[int, ...], rank: int, name: str) -> None:
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/rendezvous",
+        init_method=f"file://{name}",
         rank=rank,
         world_size=len(split),
         timeout=timedelta(seconds=60),
@@ -72,14 +78,21 @@ def work(rank: int, split: tuple[int, ...], folder: str) -> None:
             found = step(net, x[part], dy[part])
             found["evaluation"] = step(net.eval(), x[part], dy[part])["y"]
         results[kind, backend] = found
-    torch.save(results, f"{folder}/{rank}.pt")
+    torch.save(results, f"{name}{rank}.pt")
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the processes have saved; they are started once for all splits."""
+    path = tmp_path_factory.mktemp("synchronize")
+    start_processes(work, max(map(len, SPLITS)), str(path))
+    return path
+
+
 @pytest.mark.parametrize("split", SPLITS, ids=str)
-def test_equals_one_process(split: tuple[int, ...], tmp_path: Path) -> None:
-    mp.spawn(work, (split, str(tmp_path)), nprocs=len(split))
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(split))]
+def test_equals_one_process(split: tuple[int, ...], folder: Path) -> None:
+    found = [torch.load(folder / f"{split}{rank}.pt") for rank in range(len(split))]
     within = {"rtol": 1e-5, "atol": 1e-5}
     for kind, backend in cases():
         parts = [results[kind, backend] for results in found]

@@ -8,20 +8,30 @@ from pathlib import Path
 import pytest
 from emulated import FLAGS, compiler
 
+# What the threads do between writing and reading each other's values.
+MEETS, READS_TOO_EARLY = "__syncthreads();", ";"
+STAY_AWAY = [
+    "if (threadIdx.x < 40) __syncthreads();",
+    "if (threadIdx.x == 3) return; __syncthreads();",
+    "__syncthreads(); if (threadIdx.x == 3) return;",
+]
+CHOICES = [MEETS, READS_TOO_EARLY, *STAY_AWAY]
 PROGRAM = """
 #include <cuda_runtime.h>
 
-__global__ void kernel(int* out) {
+#include <cstdlib>
+
+__global__ void kernel(int* out, int choice) {
   __shared__ int seen[64];
   seen[threadIdx.x] = threadIdx.x;
   %s
   out[threadIdx.x] = seen[63 - threadIdx.x] + __shfl_xor_sync(0xFFFFFFFFu, threadIdx.x, 1);
 }
 
-int main() {
+int main(int, char** arguments) {
   int out[64];
   cudaLaunchConfig_t config{dim3(1), dim3(64)};
-  const int error = cudaLaunchKernelEx(&config, kernel, out);
+  const int error = cudaLaunchKernelEx(&config, kernel, out, std::atoi(arguments[1]));
   for (int i = 0; !error && i < 64; ++i) {
     if (out[i] != 63 - i + (i ^ 1)) return 1;
   }
@@ -30,31 +40,33 @@ int main() {
 """
 
 
-def run(tmp_path: Path, statement: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All choices in one program: compiling takes much longer than running."""
     command = compiler()
     if command is None:
         pytest.skip("no C++ compiler")
-    source, program = tmp_path / "program.cpp", tmp_path / "program"
-    source.write_text(PROGRAM % statement)
+    program = tmp_path_factory.mktemp("emulation") / "program"
+    source = program.with_suffix(".cpp")
+    cases = [f"if (choice == {number}) {{ {code} }}" for number, code in enumerate(CHOICES)]
+    source.write_text(PROGRAM % "\n  ".join(cases))
     flags = [flag for flag in FLAGS if flag != "-shared"]
     subprocess.run([*command, *flags, str(source), "-o", str(program)], check=True)
-    return subprocess.run([str(program)], capture_output=True, text=True)
+    return program
 
 
-def test_threads_wait_for_each_other(tmp_path: Path) -> None:
-    assert run(tmp_path, "__syncthreads();").returncode == 0
-    assert run(tmp_path, "").returncode == 1  # reads what the others have not written yet
+def run(program: Path, choice: str) -> subprocess.CompletedProcess[str]:
+    command = [str(program), str(CHOICES.index(choice))]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "if (threadIdx.x < 40) __syncthreads();",
-        "if (threadIdx.x == 3) return; __syncthreads();",
-        "__syncthreads(); if (threadIdx.x == 3) return;",
-    ],
-)
-def test_threads_that_do_not_come_are_an_error(tmp_path: Path, statement: str) -> None:
-    done = run(tmp_path, statement)
+def test_threads_wait_for_each_other(program: Path) -> None:
+    assert run(program, MEETS).returncode == 0
+    assert run(program, READS_TOO_EARLY).returncode == 1
+
+
+@pytest.mark.parametrize("choice", STAY_AWAY)
+def test_threads_that_do_not_come_are_an_error(program: Path, choice: str) -> None:
+    done = run(program, choice)
     assert done.returncode == 2
     assert "wait for others that do not come" in done.stderr
