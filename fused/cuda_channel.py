@@ -1,4 +1,4 @@
-"""The channel operators for CUDA tensors, forward, by the CUDA C++ kernels (schemas: ops.py).
+"""The channel operators for CUDA tensors, forward, by the CUDA C++ kernels (schemas: schemas.py).
 
 Statistics are made of parts of z and merged; with the parameters they give coefficients of each
 channel, by which another kernel goes over z. Backward is in cuda_channel_backward.py, the
@@ -7,158 +7,98 @@ arithmetic in csrc/cuda/channel_*.cuh.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .cuda_library import (
-    STORAGES,
-    ChannelProblem,
-    CoefficientProblem,
-    StatisticsProblem,
-    compute_dtype,
-    launch,
-    pointer,
-    storage,
-)
+from .cuda_library import compute_dtype, launch
 from .cuda_row import chunks_of
 from .spec import ACTIVATION_NAMES, NORM_CODES, is_gated
 
 # Positions of a row that one team of threads goes over.
 _POSITIONS_OF_CHUNK = 8192
-PLANES, PLANES_OF_FORWARD = 6, 4  # csrc/cuda/channel.h: CoefficientPlane
-
-Statistics = tuple[Tensor | None, Tensor | None]
+PLANES, PLANES_OF_FORWARD = 6, 4  # csrc/cuda/problems.h: CoefficientPlane
 
 
-def problem_of(
-    z: Tensor, segments: int, mask: Tensor | None, seed: Tensor | None, scalars: tuple[Any, ...]
-) -> ChannelProblem:
-    """How the kernels walk over z, with statistics of so many segments: 1, or each sample's.
+class ChannelScalars(NamedTuple):
+    """The operators' scalars, as `spec.ChannelEpilogue.channel_codes`."""
 
-    Raises:
-        ValueError: the activation is gated.
-    """
-    _, _, last, _, activation, alpha, beta, threshold, channel_dropout = scalars
-    if is_gated(activation):
-        raise ValueError(
-            f"fused: {ACTIVATION_NAMES[activation]} halves the columns, which row_forward and"
-            " row_backward alone do"
-        )
+    norm: int
+    groups: int
+    channels_last: bool
+    eps: float
+    activation: int
+    alpha: float
+    beta: float
+    threshold: int
+    channel_dropout: bool
+
+
+def walk_of(z: Tensor, last: bool, segments: int) -> dict[str, Any]:
+    """How the kernels walk over z, with statistics of so many segments: 1, or each sample's."""
     samples, rows, cols = z.shape
     positions, channels = (rows, cols) if last else (cols, rows)
     if last:
         rows = samples * positions // segments
-        chunks = chunks_of(rows, channels, segments)
-        length = -(-rows // chunks)
+        length = -(-rows // chunks_of(rows, channels, segments))
         chunks = -(-rows // length)
     else:
         chunks = -(-positions // _POSITIONS_OF_CHUNK)
         length = positions if chunks == 1 else -(-positions // (8 * chunks)) * 8
         chunks = -(-positions // length)
-    return ChannelProblem(
-        z=z.data_ptr(),
-        mask=pointer(mask),
-        seed=pointer(seed) if threshold else None,
-        samples=samples,
-        channels=channels,
-        positions=positions,
-        last=last,
-        segments=segments,
-        chunks=chunks,
-        length=length,
-        storage=STORAGES[z.dtype],
-        activation=activation,
-        threshold=threshold,
-        channel_dropout=channel_dropout,
-        alpha=alpha,
-        beta=beta,
-    )
+    shape = {"samples": samples, "channels": channels, "positions": positions, "last": last}
+    return {"z": z, **shape, "segments": segments, "chunks": chunks, "length": length}
 
 
-def chunks_of_segment(problem: ChannelProblem) -> int:
+def chunks_of_segment(walk: dict[str, Any]) -> int:
     """The parts whose sums are one segment's."""
-    if problem.last:
-        return problem.chunks
-    return problem.samples * problem.chunks // problem.segments
+    of_row = walk["chunks"]
+    return of_row if walk["last"] else walk["samples"] * of_row // walk["segments"]
 
 
-def _statistics(
-    z: Tensor, mask: Tensor | None, norm: int, groups: int, last: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """mean, variance and count as the operator channel_statistics returns them."""
-    compute = compute_dtype(z)
-    segments = 1 if norm == NORM_CODES["batch"] else z.shape[0]
-    mean, variance = (z.new_empty((segments, groups), dtype=compute) for _ in range(2))
-    count = z.new_empty((0 if mask is None else segments,), dtype=compute)
-    if z.numel() == 0:
-        return mean.zero_(), variance.zero_(), count.zero_()
-    problem = problem_of(z, segments, mask, None, (norm, groups, last, 0.0, 0, 0.0, 0.0, 0, False))
-    chunks = chunks_of_segment(problem)
-    partial = z.new_empty((2, segments, chunks, problem.channels), dtype=torch.float64)
-    counts = z.new_empty((segments, chunks), dtype=torch.float64)
-    problem.partial, problem.counts = partial.data_ptr(), counts.data_ptr()
-    launch("channel_moments", problem, z)
-    merge = StatisticsProblem(
-        partial=partial.data_ptr(),
-        counts=counts.data_ptr(),
-        mean=mean.data_ptr(),
-        variance=variance.data_ptr(),
-        count=None if mask is None else count.data_ptr(),
-        segments=segments,
-        chunks=chunks,
-        channels=problem.channels,
-        groups=groups,
-        wide=compute == torch.float64,
-    )
-    launch("channel_merge", merge, z)
-    return mean, variance, count
+def epilogue_walk_of(
+    z: Tensor, coefficients: Tensor | None, scalars: ChannelScalars
+) -> dict[str, Any]:
+    """The same with what follows the norm.
+
+    Raises:
+        ValueError: the activation is gated.
+    """
+    if is_gated(scalars.activation):
+        raise ValueError(
+            f"fused: {ACTIVATION_NAMES[scalars.activation]} halves the columns, which row_forward"
+            " and row_backward alone do"
+        )
+    segments = 1 if coefficients is None else coefficients.shape[1]
+    names = ("activation", "alpha", "beta", "threshold", "channel_dropout")
+    epilogue = {name: getattr(scalars, name) for name in names}
+    return walk_of(z, scalars.channels_last, segments) | epilogue | {"coefficients": coefficients}
 
 
 def coefficients_of(
     z: Tensor,
-    statistics: Statistics,
+    statistics: tuple[Tensor | None, Tensor | None],
     parameters: tuple[Tensor | None, Tensor | None],
-    scalars: tuple[Any, ...],
+    scalars: ChannelScalars,
     sums: Tensor | None = None,
     count: Tensor | None = None,
 ) -> Tensor | None:
     """(planes, segments, channels) in the compute dtype; None without a norm."""
-    mean, variance = statistics
-    if scalars[0] == 0 or mean is None or variance is None:
+    (mean, variance), (norm_weight, norm_bias) = statistics, parameters
+    if not scalars.norm or mean is None:
         return None
-    (segments, groups), channels = mean.shape, z.shape[2 if scalars[2] else 1]
+    (segments, groups), channels = mean.shape, z.shape[2 if scalars.channels_last else 1]
     planes = PLANES_OF_FORWARD if sums is None else PLANES
     out = z.new_empty((planes, segments, channels), dtype=compute_dtype(z))
-    weight, bias = parameters
-    problem = CoefficientProblem(
-        mean=mean.data_ptr(),
-        variance=variance.data_ptr(),
-        norm_weight=pointer(weight),
-        norm_bias=pointer(bias),
-        sums=pointer(sums),
-        count=pointer(count),
-        out=out.data_ptr(),
-        mean_storage=storage(mean),
-        variance_storage=storage(variance),
-        weight_storage=storage(weight),
-        bias_storage=storage(bias),
-        sums_storage=storage(sums),
-        count_storage=storage(count),
-        segments=segments,
-        groups=groups,
-        channels=channels,
+    read = {"mean": mean, "variance": variance, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    shape = {"segments": segments, "groups": groups, "channels": channels}
+    launch(
+        *("channel_coefficients", z),
+        **{**read, **shape, "sums": sums, "count": count, "out": out, "eps": scalars.eps},
         elements=z.numel() // (segments * groups),
-        wide=out.dtype == torch.float64,
-        eps=scalars[3],
     )
-    launch("channel_coefficients", problem, z)
     return out
-
-
-def segments_of(statistics: Statistics) -> int:
-    return 1 if statistics[0] is None else statistics[0].shape[0]
 
 
 def channel_statistics(
@@ -169,13 +109,28 @@ def channel_statistics(
     Args:
         z: three dimensions, contiguous.
         mask: (samples, positions), bool, with channels_last alone; or None.
-        norm, groups, channels_last: as `spec.ChannelEpilogue.channel_codes`.
+        norm, groups, channels_last: those of `ChannelScalars`.
 
     Returns:
         float32 (float64 for float64): mean and variance, (samples, groups) or for batch norm
         (1, channels); count, (samples,) or (1,), the elements behind each, (0,) without mask.
     """
-    return _statistics(z, mask, norm, groups, channels_last)
+    compute = compute_dtype(z)
+    segments = 1 if norm == NORM_CODES["batch"] else z.shape[0]
+    mean, variance = (z.new_empty((segments, groups), dtype=compute) for _ in range(2))
+    count = z.new_empty((0 if mask is None else segments,), dtype=compute)
+    if z.numel() == 0:
+        return mean.zero_(), variance.zero_(), count.zero_()
+    walk = walk_of(z, channels_last, segments)
+    chunks, channels = chunks_of_segment(walk), walk["channels"]
+    parts = {
+        "partial": z.new_empty((2, segments, chunks, channels), dtype=torch.float64),
+        "counts": z.new_empty((segments, chunks), dtype=torch.float64),
+    }
+    launch("channel_moments", z, mask=mask, **walk, **parts)
+    shape = {"segments": segments, "chunks": chunks, "channels": channels, "groups": groups}
+    launch("channel_merge", z, mean=mean, variance=variance, count=count, **parts, **shape)
+    return mean, variance, count
 
 
 def channel_forward(
@@ -187,21 +142,19 @@ def channel_forward(
     seed: Tensor | None,
     *scalars: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y = residual + dropout(activation(norm(z))), by the statistics of z itself.
+    """y = residual + dropout(activation(norm(z))), by the statistics of z itself, and these.
 
     Args:
         z, residual: three dimensions, contiguous; one dtype.
         norm_weight, norm_bias: (channels,), contiguous, any floating dtype, or None.
-        mask: (samples, positions), bool, with channels_last alone; or None.
+        mask: as in `channel_statistics`.
         seed: int64 (1,); may be None where threshold is 0.
-        scalars: as `spec.ChannelEpilogue.channel_codes`.
-
-    Returns:
-        y of z's shape and dtype; mean, variance and count as `channel_statistics`.
+        scalars: those of `ChannelScalars`.
     """
-    mean, variance, count = _statistics(z, mask, *scalars[:3])
+    given = ChannelScalars(*scalars)
+    statistics = channel_statistics(z, mask, given.norm, given.groups, given.channels_last)
     rest = (norm_weight, norm_bias, residual, mask, seed, *scalars)
-    return channel_apply(z, mean, variance, *rest), mean, variance, count
+    return channel_apply(z, *statistics[:2], *rest), *statistics
 
 
 def channel_apply(
@@ -223,19 +176,12 @@ def channel_apply(
             None without a norm.
         out: where y goes, laid out as z; it may be z itself. None: a new tensor.
         The others are those of `channel_forward`.
-
-    Returns:
-        y of z's shape and dtype.
     """
-    y = z.new_empty(z.shape) if out is None else out
-    if z.numel() == 0:
-        return y
-    statistics = mean, variance
-    coefficients = coefficients_of(z, statistics, (norm_weight, norm_bias), scalars)
-    problem = problem_of(z, segments_of(statistics), mask, seed, scalars)
-    problem.coefficients, problem.residual = pointer(coefficients), pointer(residual)
-    problem.out = y.data_ptr()
-    launch("channel_forward", problem, z)
+    y, given = z.new_empty(z.shape) if out is None else out, ChannelScalars(*scalars)
+    if z.numel():
+        coefficients = coefficients_of(z, (mean, variance), (norm_weight, norm_bias), given)
+        walk = epilogue_walk_of(z, coefficients, given)
+        launch("channel_forward", z, mask=mask, seed=seed, residual=residual, out=y, **walk)
     return y
 
 

@@ -1,21 +1,25 @@
-"""The CUDA C++ kernels (csrc/cuda): loading their library, the structures that it takes, launching.
+"""The CUDA C++ kernels (csrc/cuda): loading their library, launching, what the launchers share.
 
 The library has a plain C interface: a pointer to a structure, the device's index and a stream. It
-needs neither libtorch nor CUDA's own libraries, so one build serves every torch.
+needs neither libtorch nor CUDA's own libraries, so one build serves every torch. It describes its
+structures itself (csrc/cuda/problems.h); fields are known here by name alone.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import location
+from .spec import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
 
 LIBRARY = location.find("_cuda")
 _REBUILD = (
@@ -24,113 +28,53 @@ _REBUILD = (
 )
 # By csrc/cpu/codes.h.
 STORAGES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_TYPES = {"void": ctypes.c_void_p, "int64_t": ctypes.c_int64, "double": ctypes.c_double}
+_WANT = (WANT_NORM_WEIGHT, WANT_NORM_BIAS, WANT_BIAS)
 
 
-class RowProblem(ctypes.Structure):
-    """csrc/cuda/row.h."""
+class Kernel(NamedTuple):
+    """A launcher of the library, the structure that it takes, and the names of its fields."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("z", "dy", "residual", "bias", "norm_weight")),
-        *((name, ctypes.c_void_p) for name in ("norm_bias", "seed", "out", "statistics", "means")),
-        ("partial", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "cols", "z_stride", "dy_stride")),
-        *((name, ctypes.c_int64) for name in ("residual_stride", "out_stride", "chunks")),
-        *((name, ctypes.c_int64) for name in ("storage", "wide", "norm", "activation")),
-        *((name, ctypes.c_int64) for name in ("threshold", "wanted")),
-        *((name, ctypes.c_double) for name in ("eps", "alpha", "beta")),
-    ]
+    launch: Any
+    structure: type[ctypes.Structure]
+    fields: frozenset[str]
 
 
-class SumProblem(ctypes.Structure):
-    """csrc/cuda/sums.h."""
-
-    _fields_ = [
-        ("partial", ctypes.c_void_p),
-        ("outs", ctypes.c_void_p * 3),
-        *((name, ctypes.c_int64) for name in ("planes", "outer", "chunks", "cols", "wide")),
-        ("storages", ctypes.c_int64 * 3),
-    ]
-
-
-class ChannelProblem(ctypes.Structure):
-    """csrc/cuda/channel.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("z", "dy", "residual", "mask", "seed")),
-        *((name, ctypes.c_void_p) for name in ("coefficients", "out", "partial", "counts")),
-        *((name, ctypes.c_int64) for name in ("samples", "channels", "positions", "last")),
-        *((name, ctypes.c_int64) for name in ("segments", "chunks", "length", "storage")),
-        *((name, ctypes.c_int64) for name in ("activation", "threshold", "channel_dropout")),
-        *((name, ctypes.c_int64) for name in ("wanted", "centred")),
-        *((name, ctypes.c_double) for name in ("alpha", "beta")),
-    ]
+def _kernel(library: ctypes.CDLL, line: str) -> tuple[str, Kernel]:
+    """The launcher that a line of the library's description names (csrc/cuda/errors.cu)."""
+    name, structure, size, declaration = line.split(" ", 3)
+    fields = []
+    for of_one_type in declaration.replace("const", "").split(";")[:-1]:
+        kind, *names = re.findall(r"\w+", of_one_type)
+        fields += [(field, _TYPES[kind]) for field in names]
+    made = type(structure, (ctypes.Structure,), {"_fields_": fields})
+    if ctypes.sizeof(made) != int(size):
+        raise OSError(f"its {structure} has {size} bytes, and its fields {ctypes.sizeof(made)}")
+    launcher = getattr(library, f"fused_cuda_{name}")
+    launcher.argtypes = [ctypes.POINTER(made), ctypes.c_int, ctypes.c_void_p]
+    return name, Kernel(launcher, made, frozenset(field for field, _ in fields))
 
 
-class StatisticsProblem(ctypes.Structure):
-    """csrc/cuda/channel.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("partial", "counts", "mean", "variance", "count")),
-        *((name, ctypes.c_int64) for name in ("segments", "chunks", "channels", "groups", "wide")),
-    ]
-
-
-class CoefficientProblem(ctypes.Structure):
-    """csrc/cuda/channel.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("mean", "variance", "norm_weight", "norm_bias")),
-        *((name, ctypes.c_void_p) for name in ("sums", "count", "out")),
-        *((name, ctypes.c_int64) for name in ("mean_storage", "variance_storage")),
-        *((name, ctypes.c_int64) for name in ("weight_storage", "bias_storage")),
-        *((name, ctypes.c_int64) for name in ("sums_storage", "count_storage", "segments")),
-        *((name, ctypes.c_int64) for name in ("groups", "channels", "elements", "wide")),
-        ("eps", ctypes.c_double),
-    ]
-
-
-# In the order of csrc/cuda/errors.cu.
-STRUCTURES = (RowProblem, SumProblem, ChannelProblem, StatisticsProblem, CoefficientProblem)
-# Launchers of the library and what they take.
-LAUNCHERS: dict[str, type[ctypes.Structure]] = {
-    "row_forward": RowProblem,
-    "row_backward": RowProblem,
-    "gated_forward": RowProblem,
-    "gated_backward": RowProblem,
-    "sum": SumProblem,
-    "channel_moments": ChannelProblem,
-    "channel_merge": StatisticsProblem,
-    "channel_coefficients": CoefficientProblem,
-    "channel_forward": ChannelProblem,
-    "channel_backward": ChannelProblem,
-}
-
-
-def open_library(path: Path) -> ctypes.CDLL:
-    """The library at a path, its functions' types declared.
+class Library:
+    """The library at a path, and its kernels by name.
 
     Raises:
-        OSError: it does not load, or has other structures or functions than this code.
+        OSError: it does not load, or does not describe itself.
     """
-    library = ctypes.CDLL(str(path))
-    sizes = (ctypes.c_int64 * len(STRUCTURES))()
-    try:
-        library.fused_cuda_sizes(sizes)
-        library.fused_cuda_error.argtypes = [ctypes.c_int]
-        library.fused_cuda_error.restype = ctypes.c_char_p
-        for name, structure in LAUNCHERS.items():
-            function = getattr(library, f"fused_cuda_{name}")
-            function.argtypes = [ctypes.POINTER(structure), ctypes.c_int, ctypes.c_void_p]
-            function.restype = ctypes.c_int
-    except AttributeError as error:
-        raise OSError(f"it is older than the Python code: {error}") from None
-    if list(sizes) != [ctypes.sizeof(structure) for structure in STRUCTURES]:
-        raise OSError("it is older than the Python code: its structures differ")
-    return library
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        try:
+            self.error, describe = library.fused_cuda_error, library.fused_cuda_description
+            self.error.restype = describe.restype = ctypes.c_char_p
+            lines = describe().decode().splitlines()
+            self.kernels = dict(_kernel(library, line) for line in lines)
+        except (AttributeError, KeyError) as error:
+            raise OSError(f"it is of other sources than the Python code: {error}") from None
 
 
 @lru_cache(maxsize=1)
-def load() -> tuple[ctypes.CDLL | None, str]:
+def load() -> tuple[Library | None, str]:
     """The library, or None and the reason."""
     if os.environ.get("FUSED_DISABLE_EXT") == "1":
         return None, "FUSED_DISABLE_EXT=1 is set"
@@ -138,35 +82,51 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         why = location.why_missing("_cuda", _REBUILD)
         return None, f"the CUDA C++ kernels were not built; {why}"
     try:
-        return open_library(LIBRARY), ""
+        return Library(LIBRARY), ""
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         return None, f"the library of the CUDA C++ kernels does not load ({first}); {_REBUILD}"
 
 
-def launch(name: str, problem: ctypes.Structure, like: Tensor) -> None:
-    """Launches on the device of `like`, in torch's current stream.
+def launch(name: str, like: Tensor, **given: Tensor | float | None) -> None:
+    """Launches a kernel on the device of `like`, in torch's current stream.
+
+    Args:
+        given: fields of the kernel's structure. A tensor gives its address and, to the fields
+            <field>_storage and <field>_stride where there are such, its storage type and its first
+            stride. Those that are None or not given are null and zero.
 
     Raises:
-        RuntimeError: there is no library, or CUDA refuses the launch.
+        RuntimeError: there is no library, it does not know the kernel or a field, or CUDA refuses
+            the launch.
     """
     library, reason = load()
     if library is None:
         raise RuntimeError(f"fused: {reason}")
+    refused = f"fused: the CUDA C++ kernel {name} cannot be launched"
+    if name not in library.kernels:
+        raise RuntimeError(f"{refused}: the library has no such kernel; {_REBUILD}")
+    kernel = library.kernels[name]
+    values: dict[str, float] = {}
+    for field, value in given.items():
+        if field not in kernel.fields:
+            raise RuntimeError(
+                f"{refused}: the library's {kernel.structure.__name__} has no field {field!r}, so"
+                f" it is of other sources than the Python code; {_REBUILD}"
+            )
+        if isinstance(value, Tensor):
+            values[field] = value.data_ptr()
+            if f"{field}_storage" in kernel.fields:
+                values[f"{field}_storage"] = STORAGES[value.dtype]
+            if f"{field}_stride" in kernel.fields:
+                values[f"{field}_stride"] = value.stride(0)
+        elif value is not None:
+            values[field] = value
     device = like.get_device()  # -1 for the CPU, on which tests emulate the kernels
     stream = torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0
-    error = getattr(library, f"fused_cuda_{name}")(ctypes.byref(problem), device, stream)
+    error = kernel.launch(kernel.structure(**values), device, stream)
     if error:
-        said = library.fused_cuda_error(error).decode()
-        raise RuntimeError(f"fused: the CUDA C++ kernel {name} cannot be launched: {said}")
-
-
-def pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
-
-
-def storage(t: Tensor | None) -> int:
-    return 0 if t is None else STORAGES[t.dtype]
+        raise RuntimeError(f"{refused}: {library.error(error).decode()}")
 
 
 def compute_dtype(t: Tensor) -> torch.dtype:
@@ -174,9 +134,36 @@ def compute_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
+def new_sums(
+    z: Tensor,
+    size: int,
+    wanted: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    zero: Sequence[bool],
+) -> list[Tensor | None]:
+    """dnorm_weight, dnorm_bias and dbias, (size,) each; None where not wanted or no parameter is.
+
+    zero: whether it is zero, as there is nothing to add up. The others are not filled in yet.
+    """
+    owners = (norm_weight, norm_bias, z)
+    return [
+        (owner.new_zeros if zeros else owner.new_empty)((size,))
+        if owner is not None and wanted & bit
+        else None
+        for owner, bit, zeros in zip(owners, _WANT, zero, strict=True)
+    ]
+
+
+def returned(dz: Tensor, sums: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """What the backward operators return: a sum that is not made is empty."""
+    dtype = compute_dtype(dz)
+    return dz, *(dz.new_empty((0,), dtype=dtype) if t is None else t for t in sums)
+
+
 def wanted_of(sums: Sequence[Tensor | None]) -> int:
     """The WANT_ bits (spec.py) of the sums that there are, of norm_weight, norm_bias and bias."""
-    return sum(1 << i for i, t in enumerate(sums) if t is not None)
+    return sum(bit for t, bit in zip(sums, _WANT, strict=True) if t is not None)
 
 
 def add_up(partial: Tensor, outputs: Sequence[Tensor | None]) -> None:
@@ -188,16 +175,8 @@ def add_up(partial: Tensor, outputs: Sequence[Tensor | None]) -> None:
             the None.
     """
     planes, outer, chunks, cols = partial.shape
-    made = [t for t in outputs if t is not None]
+    made = {f"out{i}": t for i, t in enumerate(t for t in outputs if t is not None)}
     assert len(made) == planes
-    problem = SumProblem(
-        partial=partial.data_ptr(),
-        outs=(ctypes.c_void_p * 3)(*(t.data_ptr() for t in made)),
-        planes=planes,
-        outer=outer,
-        chunks=chunks,
-        cols=cols,
-        wide=partial.dtype == torch.float64,
-        storages=(ctypes.c_int64 * 3)(*(STORAGES[t.dtype] for t in made)),
-    )
-    launch("sum", problem, partial)
+    if made:
+        shape = {"planes": planes, "outer": outer, "chunks": chunks, "cols": cols}
+        launch("sum", partial, partial=partial, **shape, **made)

@@ -1,4 +1,4 @@
-"""The row operators for CUDA tensors by the CUDA C++ kernels (schemas: ops.py).
+"""The row operators for CUDA tensors by the CUDA C++ kernels (schemas: schemas.py).
 
 Allocation, and what follows from the shape alone; the arithmetic is in csrc/cuda/row_*.cuh, that of
 gated activations in csrc/cuda/gated_*.cuh.
@@ -6,33 +6,28 @@ gated activations in csrc/cuda/gated_*.cuh.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .cuda_library import (
-    STORAGES,
-    RowProblem,
-    add_up,
-    compute_dtype,
-    launch,
-    pointer,
-    wanted_of,
-)
-from .spec import (
-    ACTIVATION_NAMES,
-    NORM_NAMES,
-    STATISTICS,
-    WANT_BIAS,
-    WANT_NORM_BIAS,
-    WANT_NORM_WEIGHT,
-    is_gated,
-)
+from .cuda_library import add_up, compute_dtype, launch, new_sums, returned, wanted_of
+from .spec import ACTIVATION_NAMES, NORM_NAMES, STATISTICS, is_gated
 
 # Rows that are summed up by one block at least, and blocks that share the rows at most: what fills
 # a large GPU several times over.
 _ROWS_OF_CHUNK, _BLOCKS = 64, 1024
 _COLS_OF_BLOCK = 256  # about
+
+
+class Scalars(NamedTuple):
+    """The operators' scalars, as `spec.Epilogue.codes`."""
+
+    norm: int
+    eps: float
+    activation: int
+    alpha: float
+    beta: float
+    threshold: int
 
 
 def chunks_of(rows: int, cols: int, segments: int = 1) -> int:
@@ -57,52 +52,26 @@ def features_of(cols: int, activation: int) -> int:
     return cols // 2
 
 
-def _launch(direction: str, problem: RowProblem, like: Tensor) -> None:
-    family = "gated" if is_gated(problem.activation) else "row"
-    launch(f"{family}_{direction}", problem, like)
-
-
-def _problem(
+def _launch(
+    direction: str,
     z: Tensor,
-    parameters: tuple[Tensor | None, Tensor | None, Tensor | None],
-    seed: Tensor | None,
-    scalars: tuple[int, float, int, float, float, int],
-) -> tuple[RowProblem, tuple[Tensor | None, ...]]:
-    """The fields that forward and backward share, and what must live until the launch.
-
-    parameters: bias, norm_weight, norm_bias, in z's dtype or the one it computes in; those of
-    another dtype are converted.
-    """
-    norm, eps, activation, alpha, beta, threshold = scalars
-    if norm == 0:
-        parameters = (parameters[0], None, None)
-    compute = compute_dtype(z)
-    kept = tuple(
-        t if t is None or t.dtype in (z.dtype, compute) else t.to(compute) for t in parameters
-    )
-    wide = 0
-    for t, bit in zip(kept, (WANT_BIAS, WANT_NORM_WEIGHT, WANT_NORM_BIAS), strict=True):
-        wide |= bit if t is not None and t.dtype == compute else 0
-    rows, cols = z.shape
-    problem = RowProblem(
-        z=z.data_ptr(),
-        bias=pointer(kept[0]),
-        norm_weight=pointer(kept[1]),
-        norm_bias=pointer(kept[2]),
-        seed=pointer(seed) if threshold else None,
-        rows=rows,
-        cols=cols,
-        z_stride=z.stride(0),
-        storage=STORAGES[z.dtype],
-        wide=wide,
-        norm=norm,
-        activation=activation,
-        threshold=threshold,
-        eps=eps,
-        alpha=alpha,
-        beta=beta,
-    )
-    return problem, kept
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scalars: Scalars,
+    **fields: Tensor | int | None,
+) -> None:
+    """Forward or backward of any activation; fields: what only one direction has."""
+    parameters = {"bias": bias}
+    if scalars.norm:
+        parameters |= {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    compute, (rows, cols) = compute_dtype(z), z.shape
+    for name, t in parameters.items():
+        if t is not None and t.dtype not in (z.dtype, compute):
+            parameters[name] = t.to(compute)
+    family = "gated" if is_gated(scalars.activation) else "row"
+    shared = {"z": z, "rows": rows, "cols": cols, **parameters, **scalars._asdict()}
+    launch(f"{family}_{direction}", z, **shared, **fields)
 
 
 def row_forward(
@@ -115,40 +84,31 @@ def row_forward(
     *scalars: Any,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y = residual + dropout(activation(norm(z + bias))).
+    """y = residual + dropout(activation(norm(z + bias))), and the statistics of z + bias.
 
     Args:
         z, residual: (rows, cols), last stride 1, any row stride and offset; one dtype. Behind a
             gated activation y and residual have half the columns.
         bias, norm_weight, norm_bias: (cols,), contiguous, any floating dtype, or None.
         seed: int64 (1,); may be None where threshold is 0.
-        scalars: norm, eps, activation, alpha, beta, threshold, as `spec.Epilogue.codes`.
+        scalars: those of `Scalars`.
         out: where y goes, laid out as z may be; it may be z itself. None: a new tensor.
-
-    Returns:
-        y (rows, cols), or half the columns, in z's dtype; statistics of z + bias, float32 (float64
-        for float64): (2, rows) mean and rstd for layer norm, (1, rows) rstd for rms norm, (0, rows)
-        without.
 
     Raises:
         ValueError: a gated activation, and an odd number of columns or an `out`.
     """
-    rows, cols = z.shape
-    if out is not None and is_gated(scalars[2]):
+    (rows, cols), given = z.shape, Scalars(*scalars)
+    if out is not None and is_gated(given.activation):
         raise ValueError(
-            f"fused: y of {ACTIVATION_NAMES[scalars[2]]} has half the columns of z, so it cannot be"
-            " written over z; call row_forward"
+            f"fused: y of {ACTIVATION_NAMES[given.activation]} has half the columns of z, so it"
+            " cannot be written over z; call row_forward"
         )
-    y = z.new_empty((rows, features_of(cols, scalars[2]))) if out is None else out
-    statistics = z.new_empty((STATISTICS[NORM_NAMES[scalars[0]]], rows), dtype=compute_dtype(z))
-    if rows == 0 or cols == 0:
+    y = z.new_empty((rows, features_of(cols, given.activation))) if out is None else out
+    statistics = z.new_empty((STATISTICS[NORM_NAMES[given.norm]], rows), dtype=compute_dtype(z))
+    if z.numel() == 0:
         return y, statistics.zero_()
-    problem, _kept = _problem(z, (bias, norm_weight, norm_bias), seed, scalars)
-    if residual is not None:
-        problem.residual, problem.residual_stride = residual.data_ptr(), residual.stride(0)
-    problem.out, problem.out_stride = y.data_ptr(), y.stride(0)
-    problem.statistics = statistics.data_ptr()
-    _launch("forward", problem, z)
+    fields = {"seed": seed, "residual": residual, "out": y, "statistics": statistics}
+    _launch("forward", z, bias, norm_weight, norm_bias, given, **fields)
     return y, statistics
 
 
@@ -167,52 +127,33 @@ def row_backward(
     seed: Tensor | None,
     wanted: int,
     *scalars: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The gradients of `row_forward`, given the gradient dy of its result.
 
     Args:
         dy, z: (rows, cols), last stride 1, any row stride and offset; one dtype. Behind a gated
             activation dy has half the columns.
-        bias, norm_weight, norm_bias, seed, scalars: as in the forward.
         statistics: as the forward returned them.
         wanted: sum of the WANT_ constants of spec.py: the sums over the rows to make.
+        The others are those of the forward.
 
     Returns:
         dz (rows, cols) in z's dtype; dnorm_weight and dnorm_bias, (cols,) in the dtypes of their
         parameters, and dbias, (cols,) in z's dtype. Those that are not wanted, or whose parameter
         does not exist, are empty, (0,), in the statistics' dtype.
     """
-    rows, cols = z.shape
-    features = features_of(cols, scalars[2])
-    compute = compute_dtype(z)
-    dz = z.new_empty((rows, cols))
-    if scalars[0] == 0:
+    (rows, cols), given, compute = z.shape, Scalars(*scalars), compute_dtype(z)
+    features, dz = features_of(cols, given.activation), z.new_empty((rows, cols))
+    if not given.norm:
         norm_weight = norm_bias = None
-    owners = (
-        norm_weight if wanted & WANT_NORM_WEIGHT else None,
-        norm_bias if wanted & WANT_NORM_BIAS else None,
-        z if wanted & WANT_BIAS else None,
-    )
-    empty = rows == 0 or cols == 0
-    gradients = [
-        None if owner is None else (owner.new_zeros if empty else owner.new_empty)((cols,))
-        for owner in owners
-    ]
+    empty = z.numel() == 0
+    sums = new_sums(z, cols, wanted, norm_weight, norm_bias, [empty] * 3)
     if not empty:
-        problem, _kept = _problem(z, (bias, norm_weight, norm_bias), seed, scalars)
-        made = sum(t is not None for t in gradients)
-        partial = z.new_empty((made, 1, chunks_of(rows, features), cols), dtype=compute)
-        means = z.new_empty((2 if scalars[0] else 0, rows), dtype=compute)
-        problem.dy, problem.dy_stride = dy.data_ptr(), dy.stride(0)
-        problem.out, problem.out_stride = dz.data_ptr(), cols
-        problem.statistics = statistics.data_ptr()
-        problem.means = means.data_ptr() if scalars[0] else None
-        problem.partial, problem.chunks = partial.data_ptr(), partial.shape[2]
-        problem.wanted = wanted_of(gradients)
-        _launch("backward", problem, z)
-        if made:
-            add_up(partial, gradients)
-    dnorm_weight, dnorm_bias, dbias = (
-        z.new_empty((0,), dtype=compute) if t is None else t for t in gradients
-    )
-    return dz, dnorm_weight, dnorm_bias, dbias
+        chunks, made = chunks_of(rows, features), sum(t is not None for t in sums)
+        partial = z.new_empty((made, 1, chunks, cols), dtype=compute)
+        means = z.new_empty((2 if given.norm else 0, rows), dtype=compute)
+        read = {"dy": dy, "statistics": statistics, "seed": seed, "wanted": wanted_of(sums)}
+        written = {"out": dz, "means": means, "partial": partial, "chunks": chunks}
+        _launch("backward", z, bias, norm_weight, norm_bias, given, **read, **written)
+        add_up(partial, sums)
+    return returned(dz, sums)

@@ -36,7 +36,7 @@ int launch_statistics(Kernel kernel, const Problem& p, int64_t entries, void* st
 
 FUSED_EXPORT int fused_cuda_channel_moments(const ChannelProblem* p, int device, void* stream) {
   const DeviceScope scope(device);
-  return with_storage(p->storage, [&](auto type) {
+  return with_storage(p->z_storage, [&](auto type) {
     using T = typename decltype(type)::type;
     return launch_walk<T>(channel_moments_kernel<T>, *p, stream);
   });
@@ -56,7 +56,7 @@ FUSED_EXPORT int fused_cuda_channel_coefficients(const CoefficientProblem* p, in
 
 FUSED_EXPORT int fused_cuda_channel_forward(const ChannelProblem* p, int device, void* stream) {
   const DeviceScope scope(device);
-  return with_storage(p->storage, [&](auto type) {
+  return with_storage(p->z_storage, [&](auto type) {
     using T = typename decltype(type)::type;
     return launch_walk<T>(channel_forward_kernel<T>, *p, stream);
   });
@@ -64,7 +64,7 @@ FUSED_EXPORT int fused_cuda_channel_forward(const ChannelProblem* p, int device,
 
 FUSED_EXPORT int fused_cuda_channel_backward(const ChannelProblem* p, int device, void* stream) {
   const DeviceScope scope(device);
-  return with_storage(p->storage, [&](auto type) {
+  return with_storage(p->z_storage, [&](auto type) {
     using T = typename decltype(type)::type;
     return launch_walk<T>(channel_backward_kernel<T>, *p, stream);
   });

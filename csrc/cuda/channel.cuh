@@ -1,8 +1,8 @@
 // What the channel kernels share: the elements that a thread goes over, and their coefficients.
 #pragma once
 
-#include "channel.h"
 #include "epilogue.cuh"
+#include "problems.h"
 #include "team.cuh"
 
 namespace fused::cuda {

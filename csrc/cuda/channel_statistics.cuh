@@ -97,10 +97,9 @@ __global__ void __launch_bounds__(kThreads)
   }
   square = team_sum(square, scratch);
   if (!owns || threadIdx.x) return;
-  const int64_t storage = static_cast<int64_t>(p.wide ? Storage::f64 : Storage::f32);
-  store_any(p.mean, storage, index, mean);
-  store_any(p.variance, storage, index, count > 0 ? square / count : 0);
-  if (p.count && group == 0) store_any(p.count, storage, segment, count);
+  store_any(p.mean, p.mean_storage, index, mean);
+  store_any(p.variance, p.variance_storage, index, count > 0 ? square / count : 0);
+  if (p.count && group == 0) store_any(p.count, p.count_storage, segment, count);
 }
 
 // A team to each statistic; it fills in the planes for the channels of the group.
@@ -113,7 +112,6 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t segment = index / p.groups, group = index % p.groups;
   const int64_t width = p.channels / p.groups, first = group * width;
   const int64_t plane = p.segments * p.channels, base = segment * p.channels;
-  const int64_t storage = static_cast<int64_t>(p.wide ? Storage::f64 : Storage::f32);
   const int64_t begin = first + threadIdx.x, end = owns ? first + width : begin;
   double mean = 0, rstd = 0;
   if (owns) {
@@ -122,13 +120,14 @@ __global__ void __launch_bounds__(kThreads)
   }
   double sum_g = 0, sum_gx = 0;
   for (int64_t channel = begin; channel < end; channel += blockDim.x) {
-    const double weight = p.norm_weight ? load_any(p.norm_weight, p.weight_storage, channel) : 1.0;
-    const double shift = p.norm_bias ? load_any(p.norm_bias, p.bias_storage, channel) : -0.0;
+    const double weight =
+        p.norm_weight ? load_any(p.norm_weight, p.norm_weight_storage, channel) : 1.0;
+    const double shift = p.norm_bias ? load_any(p.norm_bias, p.norm_bias_storage, channel) : -0.0;
     const int64_t at = base + channel;
-    store_any(p.out, storage, kMean * plane + at, mean);
-    store_any(p.out, storage, kScale * plane + at, rstd * weight);
-    store_any(p.out, storage, kShift * plane + at, shift);
-    store_any(p.out, storage, kRstd * plane + at, rstd);
+    store_any(p.out, p.out_storage, kMean * plane + at, mean);
+    store_any(p.out, p.out_storage, kScale * plane + at, rstd * weight);
+    store_any(p.out, p.out_storage, kShift * plane + at, shift);
+    store_any(p.out, p.out_storage, kRstd * plane + at, rstd);
     if (p.sums) {
       sum_g += weight * load_any(p.sums, p.sums_storage, at);
       sum_gx += weight * load_any(p.sums, p.sums_storage, plane + at);
@@ -141,8 +140,8 @@ __global__ void __launch_bounds__(kThreads)
   const double offset = -rstd * (team_sum(sum_g, scratch) * share);
   const double slope = -rstd * rstd * (team_sum(sum_gx, scratch) * share);
   for (int64_t channel = begin; channel < end; channel += blockDim.x) {
-    store_any(p.out, storage, kSlope * plane + base + channel, slope);
-    store_any(p.out, storage, kOffset * plane + base + channel, offset);
+    store_any(p.out, p.out_storage, kSlope * plane + base + channel, slope);
+    store_any(p.out, p.out_storage, kOffset * plane + base + channel, offset);
   }
 }
 

@@ -1,8 +1,7 @@
 // What Python asks of the library itself.
-#include "channel.h"
+#include <cstdio>
+
 #include "launch.h"
-#include "row.h"
-#include "sums.h"
 
 namespace fused::cuda {
 
@@ -11,14 +10,17 @@ FUSED_EXPORT const char* fused_cuda_error(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
-// The sizes of the structures, in the order of fused/cuda_library.py: a library of older sources is
-// noticed.
-FUSED_EXPORT void fused_cuda_sizes(int64_t* sizes) {
-  sizes[0] = sizeof(RowProblem);
-  sizes[1] = sizeof(SumProblem);
-  sizes[2] = sizeof(ChannelProblem);
-  sizes[3] = sizeof(StatisticsProblem);
-  sizes[4] = sizeof(CoefficientProblem);
+// A line for each launcher: its name, its structure's name, size and declaration. No std::string,
+// which would need the C++ library.
+FUSED_EXPORT const char* fused_cuda_description() {
+  static char text[1 << 14];
+  size_t length = 0;
+#define FUSED_LAUNCHER(name, Problem)                                                         \
+  length += snprintf(text + length, sizeof(text) - length, "%s %s %zu %s\n", #name, #Problem, \
+                     sizeof(Problem), kDeclaration<Problem>);
+  FUSED_FOR_EACH_LAUNCHER(FUSED_LAUNCHER)
+#undef FUSED_LAUNCHER
+  return text;
 }
 
 }  // namespace fused::cuda

@@ -7,7 +7,7 @@ namespace fused::cuda {
 
 FUSED_EXPORT int fused_cuda_gated_forward(const RowProblem* p, int device, void* stream) {
   const DeviceScope scope(device);
-  return with_storage(p->storage, [&](auto type) {
+  return with_storage(p->z_storage, [&](auto type) {
     using T = typename decltype(type)::type;
     const int64_t half = p->cols / 2, packs = ceil_div(half, kPack<T>);
     // A row's bytes decide on a wide team; no thread of a narrow one is without a pack of y.
@@ -19,7 +19,7 @@ FUSED_EXPORT int fused_cuda_gated_forward(const RowProblem* p, int device, void*
 
 FUSED_EXPORT int fused_cuda_gated_backward(const RowProblem* p, int device, void* stream) {
   const DeviceScope scope(device);
-  return with_storage(p->storage, [&](auto type) -> int {
+  return with_storage(p->z_storage, [&](auto type) -> int {
     using T = typename decltype(type)::type;
     const int64_t half = p->cols / 2, packs = ceil_div(half, kGatedPack<T>);
     const bool whole = whole_packs(*p, half, kGatedPack<T>);

@@ -5,11 +5,8 @@
 #include <utility>
 
 #include "elements.cuh"
+#include "problems.h"
 #include "team.cuh"
-
-// What Python calls (fused/cuda_library.py): a problem, the device's index (negative: the current
-// one) and a stream; a cudaError_t comes back.
-#define FUSED_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace fused::cuda {
 

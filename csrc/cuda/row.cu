@@ -17,7 +17,7 @@ int launch_rows(Kernel kernel, const RowProblem& p, void* stream) {
 
 FUSED_EXPORT int fused_cuda_row_forward(const RowProblem* p, int device, void* stream) {
   const DeviceScope scope(device);
-  return with_storage(p->storage, [&](auto type) {
+  return with_storage(p->z_storage, [&](auto type) {
     using T = typename decltype(type)::type;
     return launch_rows<T>(row_forward_kernel<T>, *p, stream);
   });
@@ -25,7 +25,7 @@ FUSED_EXPORT int fused_cuda_row_forward(const RowProblem* p, int device, void* s
 
 FUSED_EXPORT int fused_cuda_row_backward(const RowProblem* p, int device, void* stream) {
   const DeviceScope scope(device);
-  return with_storage(p->storage, [&](auto type) -> int {
+  return with_storage(p->z_storage, [&](auto type) -> int {
     using T = typename decltype(type)::type;
     if (p->means) {
       const int error = launch_rows<T>(row_means_kernel<T>, *p, stream);

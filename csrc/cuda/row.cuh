@@ -2,7 +2,7 @@
 #pragma once
 
 #include "epilogue.cuh"
-#include "row.h"
+#include "problems.h"
 #include "team.cuh"
 
 namespace fused::cuda {
@@ -37,12 +37,14 @@ struct RowParameters {
   C weight[N], shift[N], bias[N];
 
   __device__ void load_bias(const RowProblem& p, int64_t i, bool whole, int count) {
-    load_columns<T>(p.bias, p.wide & kWantBias, C(-0.0), i, whole, count, bias);
+    load_columns<T>(p.bias, p.bias_storage != p.z_storage, C(-0.0), i, whole, count, bias);
   }
   __device__ void load(const RowProblem& p, int64_t i, bool whole, int count) {
     load_bias(p, i, whole, count);
-    load_columns<T>(p.norm_weight, p.wide & kWantNormWeight, C(1), i, whole, count, weight);
-    load_columns<T>(p.norm_bias, p.wide & kWantNormBias, C(-0.0), i, whole, count, shift);
+    load_columns<T>(p.norm_weight, p.norm_weight_storage != p.z_storage, C(1), i, whole, count,
+                    weight);
+    load_columns<T>(p.norm_bias, p.norm_bias_storage != p.z_storage, C(-0.0), i, whole, count,
+                    shift);
   }
 };
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "launch.h"
-#include "row.h"
 
 namespace fused::cuda {
 

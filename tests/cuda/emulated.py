@@ -6,7 +6,6 @@ threads of a block as fibers. The library is kept in .cache/cuda-emulation by th
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import shlex
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from fused import cuda_channel, cuda_channel_backward, cuda_row, ops, spec
-from fused.cuda_library import open_library
+from fused.cuda_library import Library
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIM = Path(__file__).parent / "emulation"
@@ -51,8 +50,8 @@ def build(extra: tuple[str, ...] = ()) -> Path:
 
 
 @cache
-def library() -> ctypes.CDLL:
-    return open_library(build())
+def library() -> Library:
+    return Library(build())
 
 
 # In place of the operators, which find the C++ kernels for CPU tensors.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
@@ -96,18 +95,6 @@ def test_without_a_gpu_it_loads_and_says_what_is_missing(
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    monkeypatch.setattr(cuda_library, "load", lambda: (cuda_library.open_library(built), ""))
-    problem = cuda_library.RowProblem(rows=1, cols=1)
+    monkeypatch.setattr(cuda_library, "load", lambda: (cuda_library.Library(built), ""))
     with pytest.raises(RuntimeError, match=r"row_forward cannot be launched: .*(driver|device)"):
-        cuda_library.launch("row_forward", problem, torch.empty(0))
-
-
-def test_a_library_of_other_sources_is_refused(
-    built: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Longer(cuda_library.RowProblem):
-        _fields_ = (("more", ctypes.c_int64),)
-
-    monkeypatch.setattr(cuda_library, "STRUCTURES", (Longer, *cuda_library.STRUCTURES[1:]))
-    with pytest.raises(OSError, match="older than the Python code: its structures differ"):
-        cuda_library.open_library(built)
+        cuda_library.launch("row_forward", torch.empty(0), rows=1, cols=1)

@@ -157,8 +157,6 @@ def test_channel_kernels_say_that_they_have_no_gates() -> None:
 
 def test_a_launch_that_fails_says_so() -> None:
     for direction in ("forward", "backward"):
-        problem = cuda_library.RowProblem(
-            rows=1 << 50, cols=1 << 20, chunks=1 << 40, storage=0, activation=16
-        )
+        given = {"rows": 1 << 50, "cols": 1 << 20, "chunks": 1 << 40, "activation": 16}
         with pytest.raises(RuntimeError, match=f"gated_{direction} cannot be launched: invalid"):
-            cuda_row._launch(direction, problem, torch.empty(0))
+            cuda_library.launch(f"gated_{direction}", torch.empty(0), **given)
