@@ -1,8 +1,10 @@
-"""The channel operators for CUDA tensors, forward, by the CUDA C++ kernels (schemas: schemas.py).
+"""The channel operators for CUDA tensors, forward; schemas.py says what they return.
+
+z, dy, residual and y are contiguous and have one dtype; statistics and parameters are contiguous
+and have any floating dtype; the seed may be None where threshold is 0.
 
 Statistics are made of parts of z and merged; with the parameters they give coefficients of each
-channel, by which another kernel goes over z. Backward is in cuda_channel_backward.py, the
-arithmetic in csrc/cuda/channel_*.cuh.
+channel, by which another kernel goes over z. The arithmetic is in csrc/cuda/channel_*.cuh.
 """
 
 from __future__ import annotations
@@ -104,17 +106,7 @@ def coefficients_of(
 def channel_statistics(
     z: Tensor, mask: Tensor | None, norm: int, groups: int, channels_last: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance of batch, group or instance norm.
-
-    Args:
-        z: three dimensions, contiguous.
-        mask: (samples, positions), bool, with channels_last alone; or None.
-        norm, groups, channels_last: those of `ChannelScalars`.
-
-    Returns:
-        float32 (float64 for float64): mean and variance, (samples, groups) or for batch norm
-        (1, channels); count, (samples,) or (1,), the elements behind each, (0,) without mask.
-    """
+    """Mean, biased variance and the elements behind each, in the compute dtype."""
     compute = compute_dtype(z)
     segments = 1 if norm == NORM_CODES["batch"] else z.shape[0]
     mean, variance = (z.new_empty((segments, groups), dtype=compute) for _ in range(2))
@@ -142,15 +134,7 @@ def channel_forward(
     seed: Tensor | None,
     *scalars: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y = residual + dropout(activation(norm(z))), by the statistics of z itself, and these.
-
-    Args:
-        z, residual: three dimensions, contiguous; one dtype.
-        norm_weight, norm_bias: (channels,), contiguous, any floating dtype, or None.
-        mask: as in `channel_statistics`.
-        seed: int64 (1,); may be None where threshold is 0.
-        scalars: those of `ChannelScalars`.
-    """
+    """y = residual + dropout(activation(norm(z))), by the statistics of z itself, and these."""
     given = ChannelScalars(*scalars)
     statistics = channel_statistics(z, mask, given.norm, given.groups, given.channels_last)
     rest = (norm_weight, norm_bias, residual, mask, seed, *scalars)
@@ -171,11 +155,7 @@ def channel_apply(
 ) -> Tensor:
     """y = residual + dropout(activation(norm(z))), by given statistics.
 
-    Args:
-        mean, variance: (samples, groups) or (1, channels), contiguous, any floating dtype; both
-            None without a norm.
-        out: where y goes, laid out as z; it may be z itself. None: a new tensor.
-        The others are those of `channel_forward`.
+    out: where y goes; it may be z itself. None: a new tensor.
     """
     y, given = z.new_empty(z.shape) if out is None else out, ChannelScalars(*scalars)
     if z.numel():

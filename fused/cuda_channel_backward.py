@@ -1,4 +1,4 @@
-"""The channel operators for CUDA tensors, backward, by the CUDA C++ kernels (schemas: schemas.py).
+"""The channel operators for CUDA tensors, backward; cuda_channel.py says what they take.
 
 With g the gradient of the norm's output, one pass over dy and z makes Σ g and Σ g·x̂, another dz; by
 constants, or without a norm, dz needs no sums, and one pass does both. The arithmetic is in
@@ -7,7 +7,7 @@ csrc/cuda/channel_epilogue.cuh.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -56,18 +56,11 @@ def _walk_backward(
     add_up(sums_of_parts, made)
 
 
-def _sums(
-    dy: Tensor,
-    z: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    scalars: ChannelScalars,
-    coefficients: Tensor | None,
-) -> Tensor:
+def _sums(coefficients: Tensor | None, walk: Callable[..., None]) -> Tensor:
     """(2, segments, channels) in the compute dtype: of g and g·x̂."""
     assert coefficients is not None
     sums = coefficients.new_empty((2, *coefficients.shape[1:]))
-    _walk_backward(dy, z, mask, seed, scalars, coefficients, (sums[1], sums[0], None))
+    walk(coefficients, (sums[1], sums[0], None))
     return sums
 
 
@@ -85,20 +78,7 @@ def channel_backward(
     constant: bool,
     *scalars: Any,
 ) -> tuple[Tensor, ...]:
-    """The gradients of `channel_forward` or `channel_apply`, given the gradient dy of its result.
-
-    Args:
-        dy, z: three dimensions, contiguous; one dtype.
-        mean, variance: as the forward had them.
-        count: the elements behind each statistic, (samples,) or (1,); None: from the shape.
-        wanted: sum of the WANT_ constants of spec.py: the sums to make.
-        constant: mean and variance do not depend on z.
-        The others are those of the forward.
-
-    Returns:
-        dz of z's shape and dtype; dnorm_weight and dnorm_bias, (channels,) in the dtypes of their
-        parameters, and dbias, (channels,) in z's dtype. Those that are not wanted, or whose
-        parameter does not exist, are empty, (0,), in the statistics' dtype.
+    """dz, dnorm_weight, dnorm_bias and dbias, given the gradient dy of y.
 
     Raises:
         ValueError: a bias in front of group norm, whose gradient is not a sum of what is at hand.
@@ -119,12 +99,12 @@ def channel_backward(
     gradients = new_sums(z, channels, wanted, norm_weight, norm_bias, zero)
     if not empty:
         make = partial(coefficients_of, z, (mean, variance), (norm_weight, norm_bias), given)
-        walk, coefficients = (dy, z, mask, seed, given), make()
+        walk, coefficients = partial(_walk_backward, dy, z, mask, seed, given), make()
         if constant:
-            _walk_backward(*walk, coefficients, gradients, dz)
+            walk(coefficients, gradients, dz)
         else:
-            sums = _sums(*walk, coefficients)
-            _walk_backward(*walk, make(sums, count), dz=dz)
+            sums = _sums(coefficients, walk)
+            walk(make(sums, count), dz=dz)
             for t, plane in zip(gradients, (sums[1], sums[0]), strict=False):
                 if t is not None:
                     add_up(plane[None, None], [t])
@@ -142,16 +122,13 @@ def channel_sums(
     seed: Tensor | None,
     *scalars: Any,
 ) -> Tensor:
-    """The sums of batch norm's backward: (2, channels), of g and of g·x̂, in the statistics' dtype.
-
-    The arguments are those of `channel_backward`, mean and variance (1, channels).
-    """
+    """The sums of batch norm's backward: (2, channels), of g and of g·x̂, in the compute dtype."""
     given = ChannelScalars(*scalars)
     if z.numel() == 0:
         channels = z.shape[2 if given.channels_last else 1]
         return z.new_zeros((2, channels), dtype=compute_dtype(z))
     coefficients = coefficients_of(z, (mean, variance), (norm_weight, norm_bias), given)
-    return _sums(dy, z, mask, seed, given, coefficients)[:, 0]
+    return _sums(coefficients, partial(_walk_backward, dy, z, mask, seed, given))[:, 0]
 
 
 def channel_gradient(
@@ -167,10 +144,7 @@ def channel_gradient(
     seed: Tensor | None,
     *scalars: Any,
 ) -> Tensor:
-    """dz of batch norm, of z's shape and dtype, by the sums of all processes together.
-
-    The arguments are those of `channel_sums`; sums (2, channels) and count (1,) are floating point.
-    """
+    """dz of batch norm, by the sums and the count of all processes together."""
     dz, given = z.new_empty(z.shape), ChannelScalars(*scalars)
     if z.numel():
         parameters = (norm_weight, norm_bias)

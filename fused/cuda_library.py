@@ -156,7 +156,7 @@ def new_sums(
 
 
 def returned(dz: Tensor, sums: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """What the backward operators return: a sum that is not made is empty."""
+    """What the backward operators return: a sum that is not made is empty, in the compute dtype."""
     dtype = compute_dtype(dz)
     return dz, *(dz.new_empty((0,), dtype=dtype) if t is None else t for t in sums)
 

@@ -1,7 +1,8 @@
-"""The row operators for CUDA tensors by the CUDA C++ kernels (schemas: schemas.py).
+"""The row operators for CUDA tensors by the CUDA C++ kernels; schemas.py says what they return.
 
-Allocation, and what follows from the shape alone; the arithmetic is in csrc/cuda/row_*.cuh, that of
-gated activations in csrc/cuda/gated_*.cuh.
+z, dy, residual and y have one dtype, last stride 1, any row stride and any offset; the parameters
+are contiguous and have any floating dtype; the seed may be None where threshold is 0. The
+arithmetic is in csrc/cuda/row_*.cuh, that of gated activations in csrc/cuda/gated_*.cuh.
 """
 
 from __future__ import annotations
@@ -86,13 +87,7 @@ def row_forward(
 ) -> tuple[Tensor, Tensor]:
     """y = residual + dropout(activation(norm(z + bias))), and the statistics of z + bias.
 
-    Args:
-        z, residual: (rows, cols), last stride 1, any row stride and offset; one dtype. Behind a
-            gated activation y and residual have half the columns.
-        bias, norm_weight, norm_bias: (cols,), contiguous, any floating dtype, or None.
-        seed: int64 (1,); may be None where threshold is 0.
-        scalars: those of `Scalars`.
-        out: where y goes, laid out as z may be; it may be z itself. None: a new tensor.
+    out: where y goes; it may be z itself. None: a new tensor.
 
     Raises:
         ValueError: a gated activation, and an odd number of columns or an `out`.
@@ -128,20 +123,7 @@ def row_backward(
     wanted: int,
     *scalars: Any,
 ) -> tuple[Tensor, ...]:
-    """The gradients of `row_forward`, given the gradient dy of its result.
-
-    Args:
-        dy, z: (rows, cols), last stride 1, any row stride and offset; one dtype. Behind a gated
-            activation dy has half the columns.
-        statistics: as the forward returned them.
-        wanted: sum of the WANT_ constants of spec.py: the sums over the rows to make.
-        The others are those of the forward.
-
-    Returns:
-        dz (rows, cols) in z's dtype; dnorm_weight and dnorm_bias, (cols,) in the dtypes of their
-        parameters, and dbias, (cols,) in z's dtype. Those that are not wanted, or whose parameter
-        does not exist, are empty, (0,), in the statistics' dtype.
-    """
+    """dz, dnorm_weight, dnorm_bias and dbias, given the gradient dy of y."""
     (rows, cols), given, compute = z.shape, Scalars(*scalars), compute_dtype(z)
     features, dz = features_of(cols, given.activation), z.new_empty((rows, cols))
     if not given.norm:

@@ -1,7 +1,7 @@
 // What the channel kernels share: the elements that a thread goes over, and their coefficients.
 #pragma once
 
-#include "epilogue.cuh"
+#include "output.cuh"
 #include "problems.h"
 #include "team.cuh"
 
@@ -115,25 +115,34 @@ struct Coefficients {
   }
 };
 
-// Dropout of elements in memory order, or of whole channels of a sample.
-template <class C, int N>
-__device__ inline void drop(const ChannelProblem& p, const Walk<N>& walk, const Dropout<C>& dropout,
-                            C (&values)[N]) {
-  if (!p.channel_dropout) {
-    dropout.apply(walk.row, walk.col, values);
-  } else if (p.last) {
-    dropout.apply(walk.row / p.positions, walk.col, values);
-  } else {
-    const C factor = dropout.factor(dropout.words(walk.row / p.channels, walk.channel),
-                                    static_cast<int>(walk.channel % kElementsPerCounter));
-#pragma unroll
-    for (int k = 0; k < N; ++k) values[k] *= factor;
-  }
-}
+// A walk's next pack. Dropout's mask lies over the elements in memory order, or over whole channels
+// of a sample.
+template <int N>
+struct ChannelPlace {
+  const ChannelProblem& p;
+  const Walk<N>& walk;
+  bool whole;
 
-template <class C>
-__device__ inline Dropout<C> dropout_of(const ChannelProblem& p) {
-  return Dropout<C>(p.seed, p.threshold, p.channel_dropout || p.last ? p.channels : p.positions);
+  __device__ int64_t offset() const { return walk.offset(); }
+  __device__ int count() const { return walk.count(); }
+  template <class C>
+  __device__ void drop(const Dropout<C>& dropout, C (&values)[N]) const {
+    if (!p.channel_dropout) {
+      dropout.apply(walk.row, walk.col, values);
+    } else if (p.last) {
+      dropout.apply(walk.row / p.positions, walk.col, values);
+    } else {
+      const C factor = dropout.factor(dropout.words(walk.row / p.channels, walk.channel),
+                                      static_cast<int>(walk.channel % kElementsPerCounter));
+#pragma unroll
+      for (int k = 0; k < N; ++k) values[k] *= factor;
+    }
+  }
+};
+
+template <class T>
+__device__ inline Output<T> output_of(const ChannelProblem& p) {
+  return Output<T>(p, p.channel_dropout || p.last ? p.channels : p.positions);
 }
 
 }  // namespace fused::cuda

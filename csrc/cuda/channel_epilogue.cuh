@@ -12,29 +12,20 @@ __global__ void __launch_bounds__(kThreads)
     channel_forward_kernel(const __grid_constant__ ChannelProblem p, bool whole) {
   using C = Compute<T>;
   constexpr int N = kPack<T>;
-  const ActivationParameters<C> activation{static_cast<C>(p.alpha), static_cast<C>(p.beta)};
-  const Dropout<C> dropout = dropout_of<C>(p);
+  const Output<T> output = output_of<T>(p);
   Walk<N> walk(p);
   const Coefficients<C, N> of(p, walk, whole);
+  T* const out = static_cast<T*>(p.out);
   for (; walk.steps > 0; walk.next()) {
-    T* const out = static_cast<T*>(p.out) + walk.offset();
     C h[N] = {};
     if (walk.masked_out(p)) {
-      store_pack(out, whole, walk.count(), h);
+      store_pack(out + walk.offset(), whole, walk.count(), h);
       continue;
     }
     load_pack(static_cast<const T*>(p.z) + walk.offset(), whole, walk.count(), h);
 #pragma unroll
     for (int k = 0; k < N; ++k) h[k] = (h[k] - of.mean[k]) * of.scale[k] + of.shift[k];
-    activate(p.activation, activation, h);
-    if (dropout.threshold) drop(p, walk, dropout, h);
-    if (p.residual) {
-      C added[N];
-      load_pack(static_cast<const T*>(p.residual) + walk.offset(), whole, walk.count(), added);
-#pragma unroll
-      for (int k = 0; k < N; ++k) h[k] += added[k];
-    }
-    store_pack(out, whole, walk.count(), h);
+    output.write(ChannelPlace<N>{p, walk, whole}, h, static_cast<const T*>(p.residual), out);
   }
 }
 
@@ -46,8 +37,7 @@ __global__ void __launch_bounds__(kThreads)
   using C = Compute<T>;
   constexpr int N = kPack<T>;
   __shared__ C scratch[kThreads * N];
-  const ActivationParameters<C> activation{static_cast<C>(p.alpha), static_cast<C>(p.beta)};
-  const Dropout<C> dropout = dropout_of<C>(p);
+  const Output<T> output = output_of<T>(p);
   Walk<N> walk(p);
   C sum_g[N] = {}, sum_gd[N] = {};
   for (; walk.steps > 0; walk.next()) {
@@ -67,8 +57,7 @@ __global__ void __launch_bounds__(kThreads)
       d[k] -= of.mean[k];
       h[k] = d[k] * of.scale[k] + of.shift[k];
     }
-    activate_gradient(p.activation, activation, h, g);
-    if (dropout.threshold) drop(p, walk, dropout, g);
+    output.gradient(ChannelPlace<N>{p, walk, whole}, h, g);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       if (k >= walk.count()) continue;

@@ -2,7 +2,6 @@
 // of a row together.
 #pragma once
 
-#include "gate.cuh"
 #include "row_backward.cuh"
 
 namespace fused::cuda {
@@ -19,7 +18,7 @@ struct GatedPack {
   RowParameters<T, N> value_parameters, gate_parameters;
   GradientPack<T, N> value, gate;
 
-  __device__ void load(const RowProblem& p, const Dropout<C>& dropout,
+  __device__ void load(const RowProblem& p, const Output<T>& output,
                        const RowStatistics<C>& statistics, int64_t row, int64_t i, bool whole,
                        int count) {
     const int64_t gate_i = p.cols / 2 + i;
@@ -32,8 +31,7 @@ struct GatedPack {
     load_pack(static_cast<const T*>(p.dy) + row * p.dy_stride + i, whole, count, g);
     normalize_pack(value_parameters, statistics, value.x, value.g);
     normalize_pack(gate_parameters, statistics, gate.x, gate.g);
-    if (dropout.threshold) dropout.apply(row, i, g);
-    gate_gradient(p.activation, g, value.g, gate.g);
+    output.gated_gradient(RowPlace{row, i, whole, count}, g, value.g, gate.g);
   }
 };
 
@@ -43,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
   using C = Compute<T>;
   __shared__ C scratch[kThreads / kWarp];
   const int64_t half = p.cols / 2;
-  const Dropout<C> dropout(p.seed, p.threshold, half);
+  const Output<T> output(p, half);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   // Teams without a row go on: the sums need all threads.
   const bool present = row < p.rows;
@@ -52,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
   C sum_g = 0, sum_gx = 0;
   for_each_pack<kGatedPack<T>>(present ? half : 0, [&](int64_t i, int count) {
     GatedPack<T> pack;
-    pack.load(p, dropout, statistics, row, i, whole, count);
+    pack.load(p, output, statistics, row, i, whole, count);
     add_to_row(pack.value, pack.value_parameters, count, sum_g, sum_gx);
     add_to_row(pack.gate, pack.gate_parameters, count, sum_g, sum_gx);
   });
@@ -66,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int N = kGatedPack<T>;
   __shared__ C scratch[kThreads * N];
   const int64_t half = p.cols / 2;
-  const Dropout<C> dropout(p.seed, p.threshold, half);
+  const Output<T> output(p, half);
   const auto [chunk, i, begin, end, count] = ColumnPart<N>(p, half);
   const bool normed = static_cast<Norm>(p.norm) != Norm::none;
   const C* const means = static_cast<const C*>(p.means);
@@ -75,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t row = begin + threadIdx.y; count > 0 && row < end; row += blockDim.y) {
     const RowStatistics<C> statistics = load_statistics<C>(p, row);
     GatedPack<T> pack;
-    pack.load(p, dropout, statistics, row, i, whole, count);
+    pack.load(p, output, statistics, row, i, whole, count);
     const C mean_g = normed ? means[row] : C(0), mean_gx = normed ? means[p.rows + row] : C(0);
     C dvalue[N], dgate[N];
     add_to_columns(pack.value, pack.value_parameters, normed, mean_g, mean_gx, statistics, value_gx,

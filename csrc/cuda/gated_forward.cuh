@@ -2,7 +2,6 @@
 // its two halves together.
 #pragma once
 
-#include "gate.cuh"
 #include "row_forward.cuh"
 
 namespace fused::cuda {
@@ -14,7 +13,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int N = kPack<T>;
   __shared__ C scratch[kThreads / kWarp];
   const int64_t half = p.cols / 2;
-  const Dropout<C> dropout(p.seed, p.threshold, half);
+  const Output<T> output(p, half);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   // Teams without a row go on: the sums need all threads.
   const bool present = row < p.rows;
@@ -27,8 +26,7 @@ __global__ void __launch_bounds__(kThreads)
     C value[N], other[N];
     load_normalized(p, z, statistics, i, whole, count, value);
     load_normalized(p, z, statistics, half + i, whole, count, other);
-    gate(p.activation, value, other);
-    write_output(p, dropout, residual, out, row, i, whole, count, value);
+    output.write_gated(RowPlace{row, i, whole, count}, value, other, residual, out);
   });
 }
 

@@ -1,7 +1,7 @@
 // What the row kernels share: one thread's part of a row, and what is known of its columns.
 #pragma once
 
-#include "epilogue.cuh"
+#include "output.cuh"
 #include "problems.h"
 #include "team.cuh"
 
@@ -29,6 +29,20 @@ __device__ inline void load_columns(const void* data, bool wide, Compute<T> abse
     load_pack(static_cast<const T*>(data) + i, whole, count, out);
   }
 }
+
+// Columns from i on of a row.
+struct RowPlace {
+  int64_t row, i;
+  bool whole;
+  int columns;
+
+  __device__ int64_t offset() const { return i; }
+  __device__ int count() const { return columns; }
+  template <class C, int N>
+  __device__ void drop(const Dropout<C>& dropout, C (&values)[N]) const {
+    dropout.apply(row, i, values);
+  }
+};
 
 // The parameters of a pack of columns. −0 leaves every number as it is, also −0.
 template <class T, int N = kPack<T>>

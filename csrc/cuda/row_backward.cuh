@@ -26,15 +26,13 @@ struct GradientPack {
   C x[N], g[N];
 
   __device__ void load(const RowProblem& p, const RowParameters<T, N>& parameters,
-                       const ActivationParameters<C>& activation, const Dropout<C>& dropout,
-                       const RowStatistics<C>& statistics, int64_t row, int64_t i, bool whole,
-                       int count) {
+                       const Output<T>& output, const RowStatistics<C>& statistics, int64_t row,
+                       int64_t i, bool whole, int count) {
     C h[N];
     load_input(static_cast<const T*>(p.z) + row * p.z_stride, parameters, i, whole, count, x);
     load_pack(static_cast<const T*>(p.dy) + row * p.dy_stride + i, whole, count, g);
     normalize_pack(parameters, statistics, x, h);
-    activate_gradient(p.activation, activation, h, g);
-    if (dropout.threshold) dropout.apply(row, i, g);
+    output.gradient(RowPlace{row, i, whole, count}, h, g);
   }
 };
 
@@ -73,8 +71,7 @@ __global__ void __launch_bounds__(kThreads)
     row_means_kernel(const __grid_constant__ RowProblem p, bool whole) {
   using C = Compute<T>;
   __shared__ C scratch[kThreads / kWarp];
-  const ActivationParameters<C> activation{static_cast<C>(p.alpha), static_cast<C>(p.beta)};
-  const Dropout<C> dropout(p.seed, p.threshold, p.cols);
+  const Output<T> output(p, p.cols);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   // Teams without a row go on: the sums need all threads.
   const int64_t cols = row < p.rows ? p.cols : 0;
@@ -85,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
     RowParameters<T> parameters;
     parameters.load(p, i, whole, count);
     GradientPack<T> pack;
-    pack.load(p, parameters, activation, dropout, statistics, row, i, whole, count);
+    pack.load(p, parameters, output, statistics, row, i, whole, count);
     add_to_row(pack, parameters, count, sum_g, sum_gx);
   });
   write_means(p, row, cols != 0, sum_g, sum_gx, scratch);
@@ -153,8 +150,7 @@ __global__ void __launch_bounds__(kThreads)
   using C = Compute<T>;
   constexpr int N = kPack<T>;
   __shared__ C scratch[kThreads * N];
-  const ActivationParameters<C> activation{static_cast<C>(p.alpha), static_cast<C>(p.beta)};
-  const Dropout<C> dropout(p.seed, p.threshold, p.cols);
+  const Output<T> output(p, p.cols);
   const auto [chunk, i, begin, end, count] = ColumnPart<N>(p, p.cols);
   const bool normed = static_cast<Norm>(p.norm) != Norm::none;
   const C* const means = static_cast<const C*>(p.means);
@@ -165,7 +161,7 @@ __global__ void __launch_bounds__(kThreads)
     RowParameters<T> parameters;
     parameters.load(p, i, whole, count);
     GradientPack<T> pack;
-    pack.load(p, parameters, activation, dropout, statistics, row, i, whole, count);
+    pack.load(p, parameters, output, statistics, row, i, whole, count);
     const C mean_g = normed ? means[row] : C(0), mean_gx = normed ? means[p.rows + row] : C(0);
     C dz[N];
     add_to_columns(pack, parameters, normed, mean_g, mean_gx, statistics, sum_gx, sum_g, sum_dz,

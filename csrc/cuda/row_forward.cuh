@@ -20,21 +20,6 @@ __device__ inline void load_normalized(const RowProblem& p, const T* z,
   }
 }
 
-// What follows the activation: dropout, the residual's row, and the store.
-template <class T>
-__device__ inline void write_output(const RowProblem& p, const Dropout<Compute<T>>& dropout,
-                                    const T* residual, T* out, int64_t row, int64_t i, bool whole,
-                                    int count, Compute<T> (&h)[kPack<T>]) {
-  if (dropout.threshold) dropout.apply(row, i, h);
-  if (p.residual) {
-    Compute<T> added[kPack<T>];
-    load_pack(residual + i, whole, count, added);
-#pragma unroll
-    for (int k = 0; k < kPack<T>; ++k) h[k] += added[k];
-  }
-  store_pack(out + i, whole, count, h);
-}
-
 // out may be z: no team writes before all of its threads have added to the sums, and after that
 // each reads the elements that it writes, and no others.
 template <class T>
@@ -43,8 +28,7 @@ __global__ void __launch_bounds__(kThreads)
   using C = Compute<T>;
   constexpr int N = kPack<T>;
   __shared__ C scratch[kThreads / kWarp];
-  const ActivationParameters<C> activation{static_cast<C>(p.alpha), static_cast<C>(p.beta)};
-  const Dropout<C> dropout(p.seed, p.threshold, p.cols);
+  const Output<T> output(p, p.cols);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   // Teams without a row go on: the sums need all threads.
   const int64_t cols = row < p.rows ? p.cols : 0;
@@ -56,8 +40,7 @@ __global__ void __launch_bounds__(kThreads)
   for_each_pack<N>(cols, [&](int64_t i, int count) {
     C h[N];
     load_normalized(p, z, statistics, i, whole, count, h);
-    activate(p.activation, activation, h);
-    write_output(p, dropout, residual, out, row, i, whole, count, h);
+    output.write(RowPlace{row, i, whole, count}, h, residual, out);
   });
 }
 
