@@ -50,12 +50,12 @@ def walk_of(z: Tensor, last: bool, segments: int) -> dict[str, Any]:
         length = positions if chunks == 1 else -(-positions // (8 * chunks)) * 8
         chunks = -(-positions // length)
     shape = {"samples": samples, "channels": channels, "positions": positions, "last": last}
-    return {"z": z, **shape, "segments": segments, "chunks": chunks, "length": length}
+    return {**shape, "segments": segments, "chunks": chunks, "length": length}
 
 
 def chunks_of_segment(walk: dict[str, Any]) -> int:
     """The parts whose sums are one segment's."""
-    of_row = walk["chunks"]
+    of_row: int = walk["chunks"]
     return of_row if walk["last"] else walk["samples"] * of_row // walk["segments"]
 
 
@@ -73,9 +73,10 @@ def epilogue_walk_of(
             " and row_backward alone do"
         )
     segments = 1 if coefficients is None else coefficients.shape[1]
-    names = ("activation", "alpha", "beta", "threshold", "channel_dropout")
-    epilogue = {name: getattr(scalars, name) for name in names}
-    return walk_of(z, scalars.channels_last, segments) | epilogue | {"coefficients": coefficients}
+    walk = walk_of(z, scalars.channels_last, segments)
+    walk |= {"activation": scalars.activation, "alpha": scalars.alpha, "beta": scalars.beta}
+    walk |= {"threshold": scalars.threshold, "channel_dropout": scalars.channel_dropout}
+    return walk
 
 
 def coefficients_of(
@@ -93,13 +94,11 @@ def coefficients_of(
     (segments, groups), channels = mean.shape, z.shape[2 if scalars.channels_last else 1]
     planes = PLANES_OF_FORWARD if sums is None else PLANES
     out = z.new_empty((planes, segments, channels), dtype=compute_dtype(z))
-    read = {"mean": mean, "variance": variance, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    shape = {"segments": segments, "groups": groups, "channels": channels}
-    launch(
-        *("channel_coefficients", z),
-        **{**read, **shape, "sums": sums, "count": count, "out": out, "eps": scalars.eps},
-        elements=z.numel() // (segments * groups),
-    )
+    tensors = {"mean": mean, "variance": variance, "norm_weight": norm_weight}
+    tensors |= {"norm_bias": norm_bias, "sums": sums, "count": count, "out": out}
+    numbers = {"segments": segments, "groups": groups, "channels": channels, "eps": scalars.eps}
+    numbers["elements"] = z.numel() // (segments * groups)
+    launch("channel_coefficients", z, tensors, numbers)
     return out
 
 
@@ -119,9 +118,10 @@ def channel_statistics(
         "partial": z.new_empty((2, segments, chunks, channels), dtype=torch.float64),
         "counts": z.new_empty((segments, chunks), dtype=torch.float64),
     }
-    launch("channel_moments", z, mask=mask, **walk, **parts)
+    launch("channel_moments", z, {"z": z, "mask": mask, **parts}, walk)
     shape = {"segments": segments, "chunks": chunks, "channels": channels, "groups": groups}
-    launch("channel_merge", z, mean=mean, variance=variance, count=count, **parts, **shape)
+    found = {"mean": mean, "variance": variance, "count": count}
+    launch("channel_merge", z, {**parts, **found}, shape)
     return mean, variance, count
 
 
@@ -160,8 +160,9 @@ def channel_apply(
     y, given = z.new_empty(z.shape) if out is None else out, ChannelScalars(*scalars)
     if z.numel():
         coefficients = coefficients_of(z, (mean, variance), (norm_weight, norm_bias), given)
-        walk = epilogue_walk_of(z, coefficients, given)
-        launch("channel_forward", z, mask=mask, seed=seed, residual=residual, out=y, **walk)
+        tensors = {"z": z, "coefficients": coefficients, "residual": residual, "out": y}
+        tensors |= {"mask": mask, "seed": seed}
+        launch("channel_forward", z, tensors, epilogue_walk_of(z, coefficients, given))
     return y
 
 

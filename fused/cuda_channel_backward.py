@@ -47,12 +47,11 @@ def _walk_backward(
     outer = walk["segments"] if made and made[0].dim() == 2 else 1
     shape = (len(made), outer, parts // outer, walk["channels"])
     sums_of_parts = z.new_empty(shape, dtype=compute_dtype(z))
-    launch(
-        *("channel_backward", z),
-        **{**walk, "dy": dy, "mask": mask, "seed": seed, "out": dz, "partial": sums_of_parts},
-        centred=coefficients is not None and coefficients.shape[0] == PLANES,
-        wanted=wanted_of(sums),
-    )
+    walk["centred"] = coefficients is not None and coefficients.shape[0] == PLANES
+    walk["wanted"] = wanted_of(sums)
+    tensors = {"dy": dy, "z": z, "mask": mask, "seed": seed, "coefficients": coefficients}
+    tensors |= {"out": dz, "partial": sums_of_parts}
+    launch("channel_backward", z, tensors, walk)
     add_up(sums_of_parts, made)
 
 

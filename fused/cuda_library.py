@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,26 +33,28 @@ _WANT = (WANT_NORM_WEIGHT, WANT_NORM_BIAS, WANT_BIAS)
 
 
 class Kernel(NamedTuple):
-    """A launcher of the library, the structure that it takes, and the names of its fields."""
+    """A launcher, the structure it takes, and its fields with those that a tensor fills, too."""
 
     launch: Any
     structure: type[ctypes.Structure]
-    fields: frozenset[str]
+    fields: dict[str, tuple[str | None, str | None]]  # <field>_storage and <field>_stride
 
 
 def _kernel(library: ctypes.CDLL, line: str) -> tuple[str, Kernel]:
     """The launcher that a line of the library's description names (csrc/cuda/errors.cu)."""
     name, structure, size, declaration = line.split(" ", 3)
-    fields = []
+    types: dict[str, Any] = {}
     for of_one_type in declaration.replace("const", "").split(";")[:-1]:
         kind, *names = re.findall(r"\w+", of_one_type)
-        fields += [(field, _TYPES[kind]) for field in names]
-    made = type(structure, (ctypes.Structure,), {"_fields_": fields})
+        types |= dict.fromkeys(names, _TYPES[kind])
+    made = type(structure, (ctypes.Structure,), {"__slots__": (), "_fields_": list(types.items())})
     if ctypes.sizeof(made) != int(size):
         raise OSError(f"its {structure} has {size} bytes, and its fields {ctypes.sizeof(made)}")
     launcher = getattr(library, f"fused_cuda_{name}")
     launcher.argtypes = [ctypes.POINTER(made), ctypes.c_int, ctypes.c_void_p]
-    return name, Kernel(launcher, made, frozenset(field for field, _ in fields))
+    known = {field: field for field in types}
+    fields = {f: (known.get(f"{f}_storage"), known.get(f"{f}_stride")) for f in types}
+    return name, Kernel(launcher, made, fields)
 
 
 class Library:
@@ -88,13 +90,15 @@ def load() -> tuple[Library | None, str]:
         return None, f"the library of the CUDA C++ kernels does not load ({first}); {_REBUILD}"
 
 
-def launch(name: str, like: Tensor, **given: Tensor | float | None) -> None:
+def launch(
+    name: str, like: Tensor, tensors: Mapping[str, Tensor | None], numbers: dict[str, Any]
+) -> None:
     """Launches a kernel on the device of `like`, in torch's current stream.
 
     Args:
-        given: fields of the kernel's structure. A tensor gives its address and, to the fields
-            <field>_storage and <field>_stride where there are such, its storage type and its first
-            stride. Those that are None or not given are null and zero.
+        tensors, numbers: fields of the kernel's structure; the others stay null and zero. A tensor
+            also fills in <field>_storage, its storage type, and <field>_stride, its first stride,
+            where there are such.
 
     Raises:
         RuntimeError: there is no library, it does not know the kernel or a field, or CUDA refuses
@@ -103,30 +107,39 @@ def launch(name: str, like: Tensor, **given: Tensor | float | None) -> None:
     library, reason = load()
     if library is None:
         raise RuntimeError(f"fused: {reason}")
-    refused = f"fused: the CUDA C++ kernel {name} cannot be launched"
-    if name not in library.kernels:
-        raise RuntimeError(f"{refused}: the library has no such kernel; {_REBUILD}")
-    kernel = library.kernels[name]
-    values: dict[str, float] = {}
-    for field, value in given.items():
-        if field not in kernel.fields:
-            raise RuntimeError(
-                f"{refused}: the library's {kernel.structure.__name__} has no field {field!r}, so"
-                f" it is of other sources than the Python code; {_REBUILD}"
-            )
-        if isinstance(value, Tensor):
-            values[field] = value.data_ptr()
-            if f"{field}_storage" in kernel.fields:
-                values[f"{field}_storage"] = STORAGES[value.dtype]
-            if f"{field}_stride" in kernel.fields:
-                values[f"{field}_stride"] = value.stride(0)
-        elif value is not None:
-            values[field] = value
+    values = dict(numbers)
+    try:
+        call, structure, fields = library.kernels[name]
+        for field, t in tensors.items():
+            storage, stride = fields[field]
+            if t is None:
+                continue
+            values[field] = t.data_ptr()
+            if storage:
+                values[storage] = STORAGES[t.dtype]
+            if stride:
+                values[stride] = t.stride(0)
+        problem = structure(**values)  # has no other attributes than its fields
+    except (AttributeError, KeyError) as error:
+        raise RuntimeError(_unknown(library, name, {*tensors, *numbers})) from error
     device = like.get_device()  # -1 for the CPU, on which tests emulate the kernels
     stream = torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0
-    error = kernel.launch(kernel.structure(**values), device, stream)
-    if error:
-        raise RuntimeError(f"{refused}: {library.error(error).decode()}")
+    refused = call(problem, device, stream)
+    if refused:
+        said = library.error(refused).decode()
+        raise RuntimeError(f"fused: the CUDA C++ kernel {name} cannot be launched: {said}")
+
+
+def _unknown(library: Library, name: str, given: set[str]) -> str:
+    """The sentence for a kernel or a field that a library of other sources does not have."""
+    lacks = "no such kernel"
+    if name in library.kernels:
+        _, structure, fields = library.kernels[name]
+        lacks = f"no field {', '.join(sorted(given - fields.keys()))} in its {structure.__name__}"
+    return (
+        f"fused: the CUDA C++ kernel {name} cannot be launched: the library, of other sources than"
+        f" the Python code, has {lacks}; {_REBUILD}"
+    )
 
 
 def compute_dtype(t: Tensor) -> torch.dtype:
@@ -167,16 +180,14 @@ def wanted_of(sums: Sequence[Tensor | None]) -> int:
 
 
 def add_up(partial: Tensor, outputs: Sequence[Tensor | None]) -> None:
-    """outputs[i] = partial[i].sum(1), in order and in double.
+    """outputs[i] = partial[i].sum(1), in order and in double, of the outputs that are not None.
 
-    Args:
-        partial: (planes, outer, chunks, cols), float32 or float64; at most three planes.
-        outputs: contiguous, (outer, cols) each, of any floating dtype; as many as planes, without
-            the None.
+    partial is (planes, outer, chunks, cols), each output (outer, cols), contiguous, of any floating
+    dtype; there are at most three.
     """
     planes, outer, chunks, cols = partial.shape
     made = {f"out{i}": t for i, t in enumerate(t for t in outputs if t is not None)}
     assert len(made) == planes
     if made:
         shape = {"planes": planes, "outer": outer, "chunks": chunks, "cols": cols}
-        launch("sum", partial, partial=partial, **shape, **made)
+        launch("sum", partial, {"partial": partial, **made}, shape)

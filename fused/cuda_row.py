@@ -55,24 +55,24 @@ def features_of(cols: int, activation: int) -> int:
 
 def _launch(
     direction: str,
-    z: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
     scalars: Scalars,
-    **fields: Tensor | int | None,
+    z: Tensor,
+    parameters: tuple[Tensor | None, Tensor | None, Tensor | None],
+    tensors: dict[str, Tensor | None],
+    chunks: int = 0,
+    wanted: int = 0,
 ) -> None:
-    """Forward or backward of any activation; fields: what only one direction has."""
-    parameters = {"bias": bias}
-    if scalars.norm:
-        parameters |= {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    """Forward or backward of any activation; parameters: bias, norm_weight and norm_bias."""
     compute, (rows, cols) = compute_dtype(z), z.shape
-    for name, t in parameters.items():
-        if t is not None and t.dtype not in (z.dtype, compute):
-            parameters[name] = t.to(compute)
+    served = (z.dtype, compute)
+    tensors["z"] = z
+    # Without a norm the other two may be of another size.
+    for name, t in zip(("bias", "norm_weight", "norm_bias"), parameters, strict=True):
+        if t is not None and (scalars.norm or name == "bias"):
+            tensors[name] = t if t.dtype in served else t.to(compute)
     family = "gated" if is_gated(scalars.activation) else "row"
-    shared = {"z": z, "rows": rows, "cols": cols, **parameters, **scalars._asdict()}
-    launch(f"{family}_{direction}", z, **shared, **fields)
+    numbers = scalars._asdict() | {"rows": rows, "cols": cols, "chunks": chunks, "wanted": wanted}
+    launch(f"{family}_{direction}", z, tensors, numbers)
 
 
 def row_forward(
@@ -102,8 +102,8 @@ def row_forward(
     statistics = z.new_empty((STATISTICS[NORM_NAMES[given.norm]], rows), dtype=compute_dtype(z))
     if z.numel() == 0:
         return y, statistics.zero_()
-    fields = {"seed": seed, "residual": residual, "out": y, "statistics": statistics}
-    _launch("forward", z, bias, norm_weight, norm_bias, given, **fields)
+    tensors = {"seed": seed, "residual": residual, "out": y, "statistics": statistics}
+    _launch("forward", given, z, (bias, norm_weight, norm_bias), tensors)
     return y, statistics
 
 
@@ -134,8 +134,9 @@ def row_backward(
         chunks, made = chunks_of(rows, features), sum(t is not None for t in sums)
         partial = z.new_empty((made, 1, chunks, cols), dtype=compute)
         means = z.new_empty((2 if given.norm else 0, rows), dtype=compute)
-        read = {"dy": dy, "statistics": statistics, "seed": seed, "wanted": wanted_of(sums)}
-        written = {"out": dz, "means": means, "partial": partial, "chunks": chunks}
-        _launch("backward", z, bias, norm_weight, norm_bias, given, **read, **written)
+        tensors = {"dy": dy, "statistics": statistics, "seed": seed}
+        tensors |= {"out": dz, "means": means, "partial": partial}
+        parameters = (bias, norm_weight, norm_bias)
+        _launch("backward", given, z, parameters, tensors, chunks, wanted_of(sums))
         add_up(partial, sums)
     return returned(dz, sums)

@@ -97,4 +97,4 @@ def test_without_a_gpu_it_loads_and_says_what_is_missing(
         pytest.skip("there is a GPU")
     monkeypatch.setattr(cuda_library, "load", lambda: (cuda_library.Library(built), ""))
     with pytest.raises(RuntimeError, match=r"row_forward cannot be launched: .*(driver|device)"):
-        cuda_library.launch("row_forward", torch.empty(0), rows=1, cols=1)
+        cuda_library.launch("row_forward", torch.empty(0), {}, {"rows": 1, "cols": 1})

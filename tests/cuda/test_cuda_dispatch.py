@@ -116,7 +116,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "run 'pip install --no-build-isolation" in said and "FUSED_NO_EXT" not in said
         assert backend.why_not("cuda", "cuda", torch.int64).startswith("cuda serves float32")
         with pytest.raises(RuntimeError, match="fused: the CUDA C\\+\\+ kernels were not built"):
-            cuda_library.launch("sum", torch.empty(0))
+            cuda_library.launch("sum", torch.empty(0), {}, {})
     finally:
         backend.gpu_reason.cache_clear()
         cuda_library.load.cache_clear()

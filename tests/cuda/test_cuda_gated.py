@@ -159,4 +159,4 @@ def test_a_launch_that_fails_says_so() -> None:
     for direction in ("forward", "backward"):
         given = {"rows": 1 << 50, "cols": 1 << 20, "chunks": 1 << 40, "activation": 16}
         with pytest.raises(RuntimeError, match=f"gated_{direction} cannot be launched: invalid"):
-            cuda_library.launch(f"gated_{direction}", torch.empty(0), **given)
+            cuda_library.launch(f"gated_{direction}", torch.empty(0), {}, given)

@@ -181,9 +181,9 @@ def test_modules_run_forward_and_backward_by_these_kernels(monkeypatch: pytest.M
     for module in (cuda_row, cuda_channel_backward):
         launch = module.launch
 
-        def spy(name: str, like: Any, _launch: Any = launch, **given: Any) -> None:
+        def spy(name: str, *args: Any, _launch: Any = launch) -> None:
             launched.append(name)
-            _launch(name, like, **given)
+            _launch(name, *args)
 
         monkeypatch.setattr(module, "launch", spy)
     for norm, expected in (

@@ -44,9 +44,9 @@ def use(
     monkeypatch.setattr(cuda_library, "load", lambda: (library, ""))
 
 
-def attempt(**given: float) -> None:
+def attempt(cols: int = 5, **more: torch.Tensor | None) -> None:
     z = torch.full((3, 5), 7.0)
-    cuda_library.launch("try", z, z=z, eps=0.5, rows=3, **({"cols": 5} | given))
+    cuda_library.launch("try", z, {"z": z, **more}, {"eps": 0.5, "rows": 3, "cols": cols})
 
 
 @pytest.mark.parametrize(
@@ -69,15 +69,19 @@ def test_a_field_that_the_library_lacks_is_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     use(monkeypatch, tmp_path)
-    for value in (2, None):
-        with pytest.raises(
-            RuntimeError,
-            match="fused: the CUDA C\\+\\+ kernel try cannot be launched: the library's Problem has"
-            " no field 'planes', so it is of other sources than the Python code; install nvcc and",
-        ):
-            attempt(planes=value)
-    with pytest.raises(RuntimeError, match="fly cannot be launched: the library has no such kern"):
-        cuda_library.launch("fly", torch.empty(0))
+    sentence = (
+        "fused: the CUDA C\\+\\+ kernel try cannot be launched: the library, of other sources than"
+        " the Python code, has no field planes in its Problem; install nvcc and run"
+    )
+    for t in (None, torch.ones(1)):
+        with pytest.raises(RuntimeError, match=sentence):
+            attempt(planes=t)
+    with pytest.raises(RuntimeError, match=sentence):
+        cuda_library.launch("try", torch.empty(0), {}, {"rows": 3, "planes": 4})
+    with pytest.raises(
+        RuntimeError, match=r"fly cannot be launched: .* has no such kernel;"
+    ):
+        cuda_library.launch("fly", torch.empty(0), {}, {})
 
 
 def test_a_library_that_python_cannot_follow_is_refused(

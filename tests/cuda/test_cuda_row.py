@@ -132,6 +132,6 @@ def test_packs_of_16_bytes_and_single_elements_give_the_same_bits() -> None:
 def test_a_launch_that_fails_says_so() -> None:
     given = {"rows": 1 << 50, "cols": 1 << 20}
     with pytest.raises(RuntimeError, match="row_forward cannot be launched: invalid configuration"):
-        cuda_library.launch("row_forward", torch.empty(0), **given)
+        cuda_library.launch("row_forward", torch.empty(0), {}, given)
     with pytest.raises(RuntimeError, match="invalid argument"):
-        cuda_library.launch("row_forward", torch.empty(0), z_storage=7, **given)
+        cuda_library.launch("row_forward", torch.empty(0), {}, given | {"z_storage": 7})
