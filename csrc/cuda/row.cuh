@@ -16,14 +16,15 @@ __device__ inline void for_each_pack(int64_t cols, const F& body) {
   }
 }
 
-// Columns of a parameter from i on; `absent` where there is none.
+// Columns of a parameter from i on; `absent` where there is none. wide: it has the compute type, and
+// z another.
 template <class T, int N>
 __device__ inline void load_columns(const void* data, bool wide, Compute<T> absent, int64_t i,
                                     bool whole, int count, Compute<T> (&out)[N]) {
   if (!data) {
 #pragma unroll
     for (int k = 0; k < N; ++k) out[k] = absent;
-  } else if (wide) {
+  } else if (wide && sizeof(T) != sizeof(Compute<T>)) {
     load_pack(static_cast<const Compute<T>*>(data) + i, whole, count, out);
   } else {
     load_pack(static_cast<const T*>(data) + i, whole, count, out);

@@ -78,9 +78,7 @@ def test_a_field_that_the_library_lacks_is_said(
             attempt(planes=t)
     with pytest.raises(RuntimeError, match=sentence):
         cuda_library.launch("try", torch.empty(0), {}, {"rows": 3, "planes": 4})
-    with pytest.raises(
-        RuntimeError, match=r"fly cannot be launched: .* has no such kernel;"
-    ):
+    with pytest.raises(RuntimeError, match=r"fly cannot be launched: .* has no such kernel;"):
         cuda_library.launch("fly", torch.empty(0), {}, {})
 
 
