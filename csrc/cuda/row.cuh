@@ -16,8 +16,8 @@ __device__ inline void for_each_pack(int64_t cols, const F& body) {
   }
 }
 
-// Columns of a parameter from i on; `absent` where there is none. wide: it has the compute type, and
-// z another.
+// Columns of a parameter from i on; `absent` where there is none. wide: it has the compute type,
+// and z another.
 template <class T, int N>
 __device__ inline void load_columns(const void* data, bool wide, Compute<T> absent, int64_t i,
                                     bool whole, int count, Compute<T> (&out)[N]) {
