@@ -62,11 +62,7 @@ def chunks_of_segment(walk: dict[str, Any]) -> int:
 def epilogue_walk_of(
     z: Tensor, coefficients: Tensor | None, scalars: ChannelScalars
 ) -> dict[str, Any]:
-    """The same with what follows the norm.
-
-    Raises:
-        ValueError: the activation is gated.
-    """
+    """The same with what follows the norm; a gated activation is refused."""
     if is_gated(scalars.activation):
         raise ValueError(
             f"fused: {ACTIVATION_NAMES[scalars.activation]} halves the columns, which row_forward"

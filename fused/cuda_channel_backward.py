@@ -23,8 +23,6 @@ from .cuda_channel import (
 from .cuda_library import add_up, compute_dtype, launch, new_sums, returned, wanted_of
 from .spec import NORM_CODES, WANT_BIAS
 
-_NONE = (None, None, None)
-
 
 def _walk_backward(
     dy: Tensor,
@@ -33,7 +31,7 @@ def _walk_backward(
     seed: Tensor | None,
     scalars: ChannelScalars,
     coefficients: Tensor | None,
-    sums: Sequence[Tensor | None] = _NONE,
+    sums: Sequence[Tensor | None] = (None, None, None),
     dz: Tensor | None = None,
 ) -> None:
     """One pass over dy and z: sums of g·x̂, g and g·scale; dz; or both.
@@ -79,8 +77,7 @@ def channel_backward(
 ) -> tuple[Tensor, ...]:
     """dz, dnorm_weight, dnorm_bias and dbias, given the gradient dy of y.
 
-    Raises:
-        ValueError: a bias in front of group norm, whose gradient is not a sum of what is at hand.
+    A bias in front of group norm is refused: its gradient is not a sum of what is at hand.
     """
     given = ChannelScalars(*scalars)
     constant = constant or not given.norm

@@ -95,14 +95,12 @@ def launch(
 ) -> None:
     """Launches a kernel on the device of `like`, in torch's current stream.
 
-    Args:
-        tensors, numbers: fields of the kernel's structure; the others stay null and zero. A tensor
-            also fills in <field>_storage, its storage type, and <field>_stride, its first stride,
-            where there are such.
+    tensors, numbers: fields of the kernel's structure; the others stay null and zero. A tensor also
+    fills in <field>_storage, its storage type, and <field>_stride, its first stride, where they
+    exist.
 
     Raises:
-        RuntimeError: there is no library, it does not know the kernel or a field, or CUDA refuses
-            the launch.
+        RuntimeError: there is no library, it does not know the kernel or a field, or CUDA refuses.
     """
     library, reason = load()
     if library is None:

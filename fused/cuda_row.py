@@ -38,11 +38,7 @@ def chunks_of(rows: int, cols: int, segments: int = 1) -> int:
 
 
 def features_of(cols: int, activation: int) -> int:
-    """The columns of y and dy, given those of z.
-
-    Raises:
-        ValueError: a gated activation cannot halve them.
-    """
+    """The columns of y and dy, given those of z; a gated activation refuses an odd number."""
     if not is_gated(activation):
         return cols
     if cols % 2:
@@ -87,10 +83,7 @@ def row_forward(
 ) -> tuple[Tensor, Tensor]:
     """y = residual + dropout(activation(norm(z + bias))), and the statistics of z + bias.
 
-    out: where y goes; it may be z itself. None: a new tensor.
-
-    Raises:
-        ValueError: a gated activation, and an odd number of columns or an `out`.
+    out: where y goes; it may be z itself, but not with a gated activation. None: a new tensor.
     """
     (rows, cols), given = z.shape, Scalars(*scalars)
     if out is not None and is_gated(given.activation):
