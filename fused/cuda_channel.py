@@ -24,7 +24,7 @@ PLANES, PLANES_OF_FORWARD = 6, 4  # csrc/cuda/problems.h: CoefficientPlane
 
 
 class ChannelScalars(NamedTuple):
-    """The operators' scalars, as `spec.ChannelEpilogue.channel_codes`."""
+    """The operators' scalars, in the order of `Spec.channel`."""
 
     norm: int
     groups: int

@@ -21,7 +21,7 @@ _COLS_OF_BLOCK = 256  # about
 
 
 class Scalars(NamedTuple):
-    """The operators' scalars, as `spec.Epilogue.codes`."""
+    """The operators' scalars, in the order of `Spec.row`."""
 
     norm: int
     eps: float
