@@ -10,8 +10,7 @@ FUSED_EXPORT const char* fused_cuda_error(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
-// A line for each launcher: its name, its structure's name, size and declaration. No std::string,
-// which would need the C++ library.
+// A line for each launcher: its name, its structure's name, size and declaration.
 FUSED_EXPORT const char* fused_cuda_description() {
   static char text[1 << 14];
   size_t length = 0;
