@@ -34,7 +34,7 @@ $(BIN)/python:
 	FUSED_NO_EXT=1 $(BIN)/pip install --no-build-isolation --no-deps -e .
 	@touch $@
 
-$(EXTENSION): $(CSRC) setup.py fused/schemas.py .venv/.installed
+$(EXTENSION): $(CSRC) setup.py fused/backends/schemas.py .venv/.installed
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
 demo: setup ## train on real data, fused against plain torch

@@ -264,10 +264,10 @@ class BuildExtension(build_ext):
 
 def write_schemas() -> str:
     """Writes the source that defines the operators, where it changed; returns its path."""
-    schemas = run_path(str(ROOT / "fused/schemas.py"))["SCHEMAS"].values()
+    schemas = run_path(str(ROOT / "fused/backends/schemas.py"))["SCHEMAS"].values()
     lines = "".join(f'      "{schema}",\n' for schema in schemas)
     text = (
-        "// Written by setup.py from fused/schemas.py.\n"
+        "// Written by setup.py from fused/backends/schemas.py.\n"
         '#include "schemas.h"\n\n'
         "STABLE_TORCH_LIBRARY_FRAGMENT(fused_lnad, library) {\n"
         f"  fused::define(library, {{\n{lines}  }});\n}}\n"

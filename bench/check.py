@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused import reference
+from fused.run import reference
 from fused.spec import default_eps, make_spec
 
 from .cells import Cell

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import fused
-from fused import by_torch, ops, reference
-from fused.autograd import RowFunction
+from fused.backends import ops
+from fused.run import by_torch, reference
+from fused.run.autograd import RowFunction
 from fused.spec import GATED_ACTIVATIONS, Spec, make_spec
 
 REPEATS = 7

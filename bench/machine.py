@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from fused import backend
-from fused.doctor import cpu_model, version_of
+from fused.backends import backend
+from fused.tools.doctor import cpu_model, version_of
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ("fused", "kernels", "csrc", "setup.py")

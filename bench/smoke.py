@@ -44,7 +44,8 @@ LIMIT = 55.0  # seconds of a family's process
 
 def use_the_fused_gemm() -> None:
     """Makes this process run Linears as one kernel, at sizes that those kernels can read."""
-    from fused import gemm, selftest
+    from fused.backends import gemm
+    from fused.tools import selftest
 
     gemm.mode, gemm.enabled = "fused", True
     selftest.FEATURES_IN, selftest.FEATURES = 64, 128
@@ -54,7 +55,7 @@ def has_gemm(norm: str | None, dtype_name: str, device: str) -> bool:
     """Whether a kernel runs such a Linear together with what follows it."""
     import torch
 
-    from fused import selftest, tune_linear
+    from fused.tools import selftest, tune_linear
 
     sizes = (selftest.FEATURES, selftest.FEATURES_IN)
     case = tune_linear.LinearCase(*sizes, getattr(torch, dtype_name), norm)
@@ -65,7 +66,8 @@ def check(operation: str, norm: str | None, dtype_name: str, device: str) -> dic
     """Runs one self-test; what went wrong stands under "failed"."""
     import torch
 
-    from fused import backend, selftest
+    from fused.backends import backend
+    from fused.tools import selftest
 
     dtype = getattr(torch, dtype_name)
     started = time.perf_counter()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fused.clock import capture
+from fused.tools.clock import capture
 
 from .providers import Inputs, Provider
 

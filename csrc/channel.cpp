@@ -1,4 +1,4 @@
-// The CPU implementations of the channel operators (schemas: fused/schemas.py), on libtorch's
+// The CPU implementations of the channel operators (schemas: fused/backends/schemas.py), on libtorch's
 // stable ABI: arguments and outputs. What is done when, and by which thread, is in
 // channel_statistics.cpp, channel_forward.cpp, channel_sums.cpp and channel_backward.cpp; the
 // arithmetic in cpu/channel_*.h.

@@ -40,7 +40,7 @@ const Kernels* find_kernels(const std::string& name) {
 const Kernels* best_kernels() {
   const char* wanted = std::getenv("FUSED_CPU_ISA");
   if (wanted && *wanted) {
-    // What is not served is said by fused/extension.py.
+    // What is not served is said by fused/backends/extension.py.
     if (const Kernels* kernels = find_kernels(wanted)) return kernels;
   }
   for (const char* name : {"avx512", "avx2"}) {
@@ -58,7 +58,7 @@ const Kernels*& active() {
 
 const Kernels& active_kernels() { return *active(); }
 
-// Called by fused/extension.py and fused/backend.py through ctypes: none takes part in a
+// Called by fused/backends/extension.py and fused/backends/backend.py through ctypes: none takes part in a
 // computation.
 extern "C" __attribute__((visibility("default"))) const char* fused_cpu_isa() {
   return active()->name;

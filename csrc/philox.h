@@ -1,7 +1,7 @@
 // Philox4x32 with 7 rounds: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11.
 //
 // Eight consecutive elements of a row share one 64-bit counter; element e takes half e % 2 (low
-// first) of word e / 2. fused/random.py states the whole mapping, for every backend.
+// first) of word e / 2. fused/run/random.py states the whole mapping, for every backend.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // Defining the operators, so that the library serves programs without Python. The texts are those
-// of fused/schemas.py; setup.py writes the source that calls this.
+// of fused/backends/schemas.py; setup.py writes the source that calls this.
 #pragma once
 
 #include <initializer_list>

@@ -27,7 +27,7 @@ from flights_training import Recipe, Run, train_in_turns
 from progress import Progress
 
 import fused
-from fused.backend import choose
+from fused.backends.backend import choose
 from fused.spec import ACTIVATIONS
 
 FEWEST_REPEATS = 2  # a spread needs two

@@ -1,16 +1,16 @@
 """Linear → Norm → Activation → Dropout as one operation, forward and backward."""
 
-from .location import search_path
+from .backends.location import search_path
 
 __version__ = "0.1.0"
 __path__ = search_path(__path__)
 
 from . import functional
-from .backend import use_backend
-from .convert import Report, fuse_, unfuse_
-from .ensemble import MonteCarlo, mc_dropout
-from .extension import empty_cache
-from .fold import FoldReport, fold_
+from .backends.backend import use_backend
+from .chain.convert import Report, fuse_, unfuse_
+from .extras.ensemble import MonteCarlo, mc_dropout
+from .backends.extension import empty_cache
+from .extras.fold import FoldReport, fold_
 from .nn import (
     MLP,
     BatchNorm,
@@ -25,8 +25,8 @@ from .nn import (
     Sequential,
     SwiGLU,
 )
-from .plan import Entry, Plan
-from .scaler import FeatureScaler
+from .chain.plan import Entry, Plan
+from .extras.scaler import FeatureScaler
 from .spec import activations, norms
 
 __all__ = [

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from torch import nn
 
-from . import __version__, doctor, tune, tune_linear
-from .convert import fuse_
+from . import __version__
+from .tools import doctor, tune, tune_linear
+from .chain.convert import fuse_
 
 
 def load_model(target: str) -> nn.Module:

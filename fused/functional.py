@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autocast import autocast_dtype, float32_under_autocast
-from .checks import (
+from .run.autocast import autocast_dtype, float32_under_autocast
+from .run.checks import (
     after_cast,
     check_float,
     check_keywords,
@@ -25,9 +25,9 @@ from .checks import (
     checked_spec,
     contiguous,
 )
-from .jagged import on_jagged_values
-from .prepare import run
-from .random import dropout_mask as _dropout_mask
+from .modules.jagged import on_jagged_values
+from .run.prepare import run
+from .run.random import dropout_mask as _dropout_mask
 from .spec import CHANNEL_NORMS, activation_name, norm_name
 
 __all__ = ["dropout_mask", "linear_norm_act", "norm_act"]

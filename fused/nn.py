@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .block import Block, Built
-from .build import make_activation, make_dropout, make_norm, named_activation
-from .checks import check_keywords
-from .gated import GeGLU, ReGLU, SwiGLU
-from .guard import ReLUSquared
-from .jagged import is_jagged
-from .norms import BatchNorm, ChannelDropout, GroupNorm, InstanceNorm
-from .plan import Entry, Plan
-from .sequential import Sequential
+from .chain.block import Block, Built
+from .chain.build import make_activation, make_dropout, make_norm, named_activation
+from .run.checks import check_keywords
+from .modules.gated import GeGLU, ReGLU, SwiGLU
+from .chain.guard import ReLUSquared
+from .modules.jagged import is_jagged
+from .modules.norms import BatchNorm, ChannelDropout, GroupNorm, InstanceNorm
+from .chain.plan import Entry, Plan
+from .chain.sequential import Sequential
 from .spec import CHANNEL_NORMS, GATED_ACTIVATIONS, norm_name
 
 __all__ = [

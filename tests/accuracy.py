@@ -18,7 +18,8 @@ from cases import EVERY_ACTIVATION, NORMS, make_epilogue, make_inputs, run_opera
 from gated_cases import GATED, make_gated_epilogue, make_gated_inputs
 
 import fused
-from fused import backend, reference
+from fused.backends import backend
+from fused.run import reference
 
 SHAPES = {"tiny (8, 64)": (8, 64), "odd (70, 1000)": (70, 1000), "long (4, 8192)": (4, 8192)}
 # Samples, channels, positions.

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fused import ops, reference, spec
+from fused import spec
+from fused.backends import ops
+from fused.run import reference
 from fused.spec import ACTIVATIONS, Spec, dropout_threshold
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -9,7 +9,9 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
-from fused import ops, reference, spec
+from fused import spec
+from fused.backends import ops
+from fused.run import reference
 from fused.spec import ACTIVATIONS, Spec, dropout_scale, dropout_threshold
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -15,7 +15,8 @@ import pytest
 import torch
 from fused.kernels.tuning import tuned
 
-from fused import backend, by_torch, gemm
+from fused.backends import backend, gemm
+from fused.run import by_torch
 
 
 def instruction_sets() -> list[str]:

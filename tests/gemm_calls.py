@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from fused import gemm
+from fused.backends import gemm
 
 H100 = (90, 32)
 HALF = torch.bfloat16

@@ -62,7 +62,7 @@ with warnings.catch_warnings(record=True) as caught:
     print(json.dumps({{
         "ulps": error,
         "package": fused.__file__,
-        "isa": fused.backend.cpu_isa(),
+        "isa": fused.backends.backend.cpu_isa(),
         "triton": "triton" in sys.modules and sys.modules["triton"] is not None,
         "warnings": [str(w.message) for w in caught if "fused" in str(w.message)],
     }}))

@@ -12,8 +12,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fused
-from fused import functional, ops
-from fused.prepare import run as run_chain
+from fused import functional
+from fused.backends import ops
+from fused.run.prepare import run as run_chain
 from fused.spec import make_spec
 
 pytestmark = pytest.mark.usefixtures("cpp")
@@ -165,7 +166,7 @@ def test_forward_mode_is_right_and_never_zero() -> None:
     torch.testing.assert_close(found, expected)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
         dual = torch.autograd.forward_ad.make_dual(x, tangent)
-        fused.autograd.RowFunction.apply(dual, *[None] * 6, make_spec("layer", 1e-5))
+        fused.run.autograd.RowFunction.apply(dual, *[None] * 6, make_spec("layer", 1e-5))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

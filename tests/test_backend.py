@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused
-from fused import backend, first_kernel, functional
+from fused import functional
+from fused.backends import backend, first_kernel
 
 
 def test_blocks_that_overlap_in_two_threads() -> None:

@@ -17,7 +17,9 @@ from channel_cases import (
     run_operator,
 )
 
-from fused import ops, random, reference, spec
+from fused import spec
+from fused.backends import ops
+from fused.run import random, reference
 from fused.spec import Spec, dropout_scale
 
 # Samples, channels, positions, groups: one of each, planes of 2 × 2 and 7 × 7, odd sizes, sizes

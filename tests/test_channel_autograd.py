@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import fused
-from fused import ops
+from fused.backends import ops
 from fused.functional import norm_act
 from fused.spec import Spec
 

@@ -17,7 +17,7 @@ LENGTHS = (5, 1, 7, 3)
 
 @pytest.fixture(params=["cpp", "reference"], autouse=True)
 def backend(request: pytest.FixtureRequest):
-    if request.param == "cpp" and fused.backend.cpu_isa() is None:
+    if request.param == "cpp" and fused.backends.backend.cpu_isa() is None:
         pytest.skip("the C++ extension is not built")
     with fused.use_backend(request.param):
         yield request.param

@@ -16,7 +16,7 @@ from channel_cases import (
     run_operator,
 )
 
-from fused import backend, ops
+from fused.backends import backend, ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fused
 
 PROCESSES, SAMPLES, FEATURES = 2, 12, 8
-SERVED = fused.backend.cpu_isa() is not None
+SERVED = fused.backends.backend.cpu_isa() is not None
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 

@@ -16,7 +16,8 @@ from processes import needs_extension, run_python
 
 import fused
 from fused import __main__ as command
-from fused import backend, doctor, ops
+from fused.backends import backend, ops
+from fused.tools import doctor
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Another process shall import the same package as this one.

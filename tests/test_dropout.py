@@ -10,7 +10,8 @@ from cases import Inputs, make_epilogue, run_operator
 from torch import Tensor
 
 import fused
-from fused import functional, random
+from fused import functional
+from fused.run import random
 
 
 def philox_4x32(counter: list[int], key: list[int], rounds: int) -> list[int]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import fused
-from fused import ensemble, mc_dropout
-from fused.norms import ChannelDropout
+from fused import mc_dropout
+from fused.extras import ensemble
+from fused.modules.norms import ChannelDropout
 
 SEQUENTIALS = (nn.Sequential, fused.Sequential)
 

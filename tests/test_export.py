@@ -13,7 +13,7 @@ import fused
 from fused.spec import make_spec
 
 FEATURES = 8
-SERVED = fused.backend.cpu_isa() is not None
+SERVED = fused.backends.backend.cpu_isa() is not None
 FUSED = {"row_forward", "channel_apply", "channel_forward"} if SERVED else set()
 
 

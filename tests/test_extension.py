@@ -18,8 +18,8 @@ from processes import (
     run_python,
 )
 
-from fused import ops
-from fused.schemas import SCHEMAS
+from fused.backends import ops
+from fused.backends.schemas import SCHEMAS
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ y, _ = row_forward(z, None, None, None, None, None, 1, 1e-5, 0, 0.0, 0.0, 0)
 torch.testing.assert_close(y, torch.nn.functional.layer_norm(z, (16,)))
 assert "fused" not in sys.modules
 import fused
-assert fused.backend.cpu_isa()
+assert fused.backends.backend.cpu_isa()
 y = fused.functional.norm_act(z, norm="layer")
 torch.testing.assert_close(y, torch.nn.functional.layer_norm(z, (16,)))
 """

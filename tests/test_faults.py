@@ -59,7 +59,7 @@ def test_triton_without_a_driver() -> None:
 
 FIRST_LAUNCH = """
 import contextlib, subprocess, sys, types, torch, triton.errors, fused
-from fused import backend
+from fused.backends import backend
 
 FAILURES = [
     RuntimeError("0 active drivers ([]). There should only be one."),
@@ -109,7 +109,7 @@ def test_triton_that_fails_at_the_first_launch() -> None:
 def test_what_a_variable_cannot_be_is_said_once_and_ignored(
     name: str, value: str, used: str
 ) -> None:
-    done = run_python("import fused\nprint(fused.backend.cpu_isa())", **{name: value})
+    done = run_python("import fused\nprint(fused.backends.backend.cpu_isa())", **{name: value})
     isa = done.stdout.strip()
     assert isa in ("avx512", "avx2", "portable")
     (warning,) = [line for line in done.stderr.splitlines() if "Warning: " in line]
@@ -120,7 +120,8 @@ def test_what_a_variable_cannot_be_is_said_once_and_ignored(
 FORCED = """
 import torch
 import torch.nn.functional as F
-from fused import backend, functional
+from fused import functional
+from fused.backends import backend
 
 torch.manual_seed(0)
 z = torch.randn(37, 65)

@@ -14,8 +14,8 @@ from torch.nn.utils import parametrizations, prune
 
 import fused
 from fused import FeatureScaler, fold_
-from fused.fold import FoldReport
-from fused.norms import BatchNorm
+from fused.extras.fold import FoldReport
+from fused.modules.norms import BatchNorm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What is folded into, the norm, and the shape of an input.

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fused
-from fused import backend, functional
-from fused.autocast import float32_under_autocast
+from fused import functional
+from fused.backends import backend
+from fused.run.autocast import float32_under_autocast
 from fused.spec import ACTIVATIONS
 
 

@@ -19,7 +19,8 @@ from test_row import (
 )
 from tolerances import FLOOR, assert_close
 
-from fused import ops, random, reference
+from fused.backends import ops
+from fused.run import random, reference
 from fused.spec import GATED_ACTIVATIONS
 
 # (rows, N): one column a half, below, at and above a vector and a random block, odd, long rows, and

@@ -13,7 +13,7 @@ from test_row_memory import (
     with_rows_far_apart,
 )
 
-from fused import backend, ops
+from fused.backends import backend, ops
 
 
 @pytest.mark.usefixtures("isa")

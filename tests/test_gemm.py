@@ -19,7 +19,8 @@ from processes import run_python
 from torch import Tensor, nn
 
 import fused
-from fused import gemm, ops, prepare
+from fused.backends import gemm, ops
+from fused.run import prepare
 from fused.spec import default_eps, make_spec
 
 pytestmark = pytest.mark.usefixtures("cpp")

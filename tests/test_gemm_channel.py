@@ -14,7 +14,8 @@ from gemm_calls import HALF, gradients, recorded
 from torch import Tensor, nn
 
 import fused
-from fused import functional, gemm, ops
+from fused import functional
+from fused.backends import gemm, ops
 from fused.spec import NORM_CODES
 
 pytestmark = pytest.mark.usefixtures("cpp")

@@ -17,7 +17,9 @@ from tolerances import decades
 from torch import Tensor, nn
 
 import fused
-from fused import doctor, functional, reference
+from fused import functional
+from fused.run import reference
+from fused.tools import doctor
 from fused.spec import ACTIVATIONS, make_spec
 
 pytestmark = [

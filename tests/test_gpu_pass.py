@@ -165,7 +165,7 @@ def test_smoke_finds_a_wrong_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpp: None
 ) -> None:
     from bench import smoke
-    from fused import selftest
+    from fused.tools import selftest
 
     right = selftest.norm_act
     monkeypatch.setattr(selftest, "norm_act", lambda *z, **options: right(*z, **options) * 1.5)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fused
-from fused.guard import ReLUSquared
+from fused.chain.guard import ReLUSquared
 
 ACTIVATIONS = [
     nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.LeakyReLU(0.2), nn.ELU(1.3), nn.GELU("tanh"),

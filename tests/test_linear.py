@@ -11,7 +11,7 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 import fused
-from fused import reference
+from fused.run import reference
 
 pytestmark = pytest.mark.usefixtures("cpp")
 

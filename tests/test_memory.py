@@ -13,7 +13,7 @@ import torch
 from processes import run_python
 
 import fused
-from fused import ops
+from fused.backends import ops
 from fused.spec import make_spec
 
 pytestmark = pytest.mark.usefixtures("cpp")
@@ -83,7 +83,7 @@ def test_no_size_wastes_much(elements: int) -> None:
 def test_tensors_outlive_the_interpreter_and_the_cache_can_be_off() -> None:
     program = """
 import torch
-from fused import ops
+from fused.backends import ops
 from fused.spec import make_spec
 x = torch.randn(9000, 1024)
 keep = [ops.row_forward(x, None, None, None, None, None, *make_spec(None, 0.0, "relu", 0.0).row)[0]
@@ -99,7 +99,7 @@ print("done")
 
 FULL = """
 import os, torch, fused
-from fused import ops
+from fused.backends import ops
 from fused.spec import make_spec
 RELU = make_spec(None, 0.0, "relu", 0.0).row
 x = torch.randn(1900, 1024)
@@ -123,7 +123,7 @@ def test_the_oldest_block_goes_when_the_cache_is_full() -> None:
 
 FORK = """
 import os, signal, threading, time, torch
-from fused import ops
+from fused.backends import ops
 from fused.spec import make_spec
 torch.set_num_threads(1)  # OpenMP itself does not outlive a fork
 RELU = make_spec(None, 0.0, "relu", 0.0).row

@@ -150,7 +150,7 @@ WHERE = """
 import warnings; warnings.simplefilter("ignore")
 import fused, fused.kernels
 print(fused.__file__, fused.kernels.__file__)
-print(fused.backend.cpu_isa(), fused.backend.why_not("cpp", "cpu", __import__("torch").float32))
+print(fused.backends.backend.cpu_isa(), fused.backends.backend.why_not("cpp", "cpu", __import__("torch").float32))
 """
 
 
@@ -173,7 +173,7 @@ def test_a_checkout_in_front_of_the_installed_package(
     where, served = run_python(WHERE, checkout, site).splitlines()
     assert where == f"{checkout}/fused/__init__.py {checkout}/kernels/__init__.py"
     if with_library:
-        assert served == fused.backend.cpu_isa()
+        assert served == fused.backends.backend.cpu_isa()
     else:
         assert "the build said: FUSED_NO_EXT=1 is set" in served
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fused import backend
+from fused.backends import backend
 from fused.spec import ACTIVATIONS, GATED_ACTIVATIONS
 
 ROOT = Path(__file__).resolve().parents[1]

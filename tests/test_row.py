@@ -18,7 +18,7 @@ from cases import (
 )
 from tolerances import FLOOR, assert_close, decades
 
-from fused import reference
+from fused.run import reference
 from fused.spec import Spec
 
 # Rows of one element, below, at and above a vector and a random block, odd, and a long row.

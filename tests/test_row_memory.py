@@ -10,7 +10,8 @@ import pytest
 import torch
 from cases import DTYPES, NORMS, Inputs, make_epilogue, make_inputs, run_operator
 
-from fused import backend, functional, ops
+from fused import functional
+from fused.backends import backend, ops
 from fused.spec import Spec
 
 

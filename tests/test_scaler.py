@@ -16,7 +16,8 @@ from processes import start_processes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from fused import FeatureScaler, scaler
+from fused import FeatureScaler
+from fused.extras import scaler
 
 MODES = ("standard", "minmax")
 FEATURES = 6

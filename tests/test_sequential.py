@@ -12,7 +12,7 @@ from sequentials import assert_close, assert_same, layers, outcome, pair
 from torch import nn
 
 import fused
-from fused.guard import ReLUSquared
+from fused.chain.guard import ReLUSquared
 
 CHAINS = {
     "L N A D": [nn.Linear(16, 32), nn.LayerNorm(32), nn.ReLU(), nn.Dropout(0.0)],

@@ -10,7 +10,8 @@ from cases import EVERY_ACTIVATION
 from torch import nn
 
 import fused
-from fused import by_torch, ops
+from fused.backends import ops
+from fused.run import by_torch
 from fused.spec import GATED_ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("cpp")

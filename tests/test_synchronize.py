@@ -50,7 +50,7 @@ def step(net: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
 
 
 def cases() -> list[tuple[str, str]]:
-    backends = ["reference"] if fused.backend.cpu_isa() is None else ["reference", "cpp"]
+    backends = ["reference"] if fused.backends.backend.cpu_isa() is None else ["reference", "cpp"]
     return [(kind, backend) for kind in ("block", "sync") for backend in backends]
 
 

@@ -107,7 +107,7 @@ class BlockCache {
   void unlock() { mutex_.unlock(); }
 
  private:
-  // What is not a number is said by fused/extension.py.
+  // What is not a number is said by fused/backends/extension.py.
   static size_t limit() {
     const char* given = std::getenv("FUSED_CPU_CACHE_MB");
     const size_t digits = given ? std::strspn(given, "0123456789") : 0;

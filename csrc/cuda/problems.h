@@ -1,7 +1,7 @@
 // The structures that Python fills in for the launchers.
 //
 // Each describes itself: the library hands out the text of its declaration (errors.cu), of which
-// fused/cuda_library.py makes a structure of its own. So Python knows fields by name alone, in any
+// fused/backends/cuda_library.py makes a structure of its own. So Python knows fields by name alone, in any
 // order. A tensor named there also fills in <name>_storage, its code of ../cpu/codes.h, and
 // <name>_stride, the elements from row to row, where there are such fields. A pointer is null where
 // a tensor is absent.
@@ -24,7 +24,7 @@ constexpr const char* kDeclaration = "";
 
 // clang-format off: it takes the lists for expressions.
 
-// A problem of the row kernels, by the names of fused/ops.py. Parameters have z's type or the
+// A problem of the row kernels, by the names of fused/backends/ops.py. Parameters have z's type or the
 // compute type.
 FUSED_STRUCTURE(RowProblem,
   const void *z, *dy, *residual, *bias, *norm_weight, *norm_bias, *seed;

@@ -1,7 +1,7 @@
 """Pure rules of the GEMM kernels: which tiles there are, and when a kernel takes a Linear's place.
 
 The number of rows never enters a rule, so that a change of the batch compiles nothing. Triton is
-not imported here: fused/gemm.py asks before anything is launched.
+not imported here: fused/backends/gemm.py asks before anything is launched.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import emulated
 import pytest
 import torch
 
-from fused import cuda_library
+from fused.backends import cuda_library
 
 # Modules of tests/ that call the operators.
 CALLERS = ("cases", "channel_cases", "test_row_memory", "test_gated", "test_channel")

@@ -15,8 +15,9 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-from fused import cuda_channel, cuda_channel_backward, cuda_row, ops, spec
-from fused.cuda_library import Library
+from fused import spec
+from fused.backends import cuda_channel, cuda_channel_backward, cuda_row, ops
+from fused.backends.cuda_library import Library
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIM = Path(__file__).parent / "emulation"

@@ -42,7 +42,9 @@ from test_channel_values import (  # noqa: F401
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused import ops, reference, spec
+from fused import spec
+from fused.backends import ops
+from fused.run import reference
 
 pytestmark = pytest.mark.usefixtures("emulation")
 

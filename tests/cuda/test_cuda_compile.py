@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused import cuda_library
+from fused.backends import cuda_library
 
 ROOT = Path(__file__).resolve().parents[2]
 # By TORCH_CUDA_ARCH_LIST; empty stands for what setup.py compiles for by itself.

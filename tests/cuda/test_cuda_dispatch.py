@@ -13,7 +13,7 @@ from cases import make_epilogue, make_inputs
 from emulated import LAUNCHERS
 
 import fused
-from fused import backend, cuda_library, cuda_row, launchers, ops
+from fused.backends import backend, cuda_library, cuda_row, launchers, ops
 
 FLOAT, DOUBLE = torch.float32, torch.float64
 

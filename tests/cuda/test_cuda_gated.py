@@ -19,8 +19,8 @@ from test_gated import (  # noqa: F401  collected here too, and run on these ker
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused import cuda_library, cuda_row, ops
-from fused.random import keep_mask
+from fused.backends import cuda_library, cuda_row, ops
+from fused.run.random import keep_mask
 from fused.spec import Spec, dropout_scale
 
 pytestmark = pytest.mark.usefixtures("emulation")

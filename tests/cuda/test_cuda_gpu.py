@@ -18,8 +18,8 @@ from gated_cases import GATED, make_gated_epilogue, make_gated_inputs
 from test_row import check
 
 import fused
-from fused import backend, cuda_channel_backward, cuda_row, ops
-from fused.random import keep_mask
+from fused.backends import backend, cuda_channel_backward, cuda_row, ops
+from fused.run.random import keep_mask
 
 pytestmark = [
     pytest.mark.gpu,

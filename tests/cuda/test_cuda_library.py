@@ -10,7 +10,7 @@ import emulated
 import pytest
 import torch
 
-from fused import cuda_library
+from fused.backends import cuda_library
 
 # A library of one launcher, which returns 0 where the fields hold what their names promise.
 SOURCE = """

@@ -28,9 +28,10 @@ from test_row_memory import (  # noqa: F401
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused import cuda_library, ops, spec
-from fused.cuda_row import chunks_of
-from fused.random import keep_mask
+from fused import spec
+from fused.backends import cuda_library, ops
+from fused.backends.cuda_row import chunks_of
+from fused.run.random import keep_mask
 from fused.spec import dropout_scale
 
 pytestmark = pytest.mark.usefixtures("emulation")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from fused import launchers, spec
+from fused import spec
+from fused.backends import launchers
 
 # In place of the operators, which find the C++ kernels for CPU tensors.
 LAUNCHERS = SimpleNamespace(

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from oracle import complaint
 from torch import Tensor
 
-from fused import gemm, ops, prepare, reference
-from fused.running import ChannelNorm
+from fused.backends import gemm, ops
+from fused.run import prepare, reference
+from fused.run.running import ChannelNorm
 from fused.spec import ACTIVATIONS, CHANNEL_NORMS, Spec, dropout_threshold
 
 # The tensors of a chain that have gradients.

@@ -17,8 +17,8 @@ pytest.importorskip("triton", reason="Triton kernels need triton")
 import channel_cases
 from channel_cases import EVERY_ACTIVATION, LAYOUTS, NORMS, make_epilogue, make_inputs
 
-from fused import ops
-from fused.random import keep_mask
+from fused.backends import ops
+from fused.run.random import keep_mask
 
 pytestmark = [
     pytest.mark.gpu,

@@ -23,8 +23,8 @@ from oracle import (
     run,
 )
 
-from fused import ops
-from fused.random import keep_mask
+from fused.backends import ops
+from fused.run.random import keep_mask
 from fused.spec import GATED_CODES
 
 pytestmark = [

@@ -26,8 +26,8 @@ from gemm_oracle import (
 from torch import nn
 
 import fused
-from fused import ops
-from fused.random import keep_mask
+from fused.backends import ops
+from fused.run.random import keep_mask
 
 pytestmark = [
     pytest.mark.gpu,

@@ -24,7 +24,7 @@ from fused.kernels.row import backward as row_backward
 from fused.kernels.row import forward as row
 from fused.kernels.tuning import rules as tuning
 
-from fused import launchers
+from fused.backends import launchers
 from fused.spec import NORM_CODES
 
 PLACES = launchers.PLACES | launchers.LINEAR_PLACES

@@ -1,7 +1,7 @@
 """The interpreter's cases on a real GPU at full size; skipped without one.
 
 What only a GPU can show: the approximate PTX instructions, the layouts, races between programs and
-threads, equality of the mask with fused/random.py, offsets beyond 2^31 elements of every tensor,
+threads, equality of the mask with fused/run/random.py, offsets beyond 2^31 elements of every tensor,
 and that the dispatcher finds these kernels.
 """
 
@@ -26,8 +26,8 @@ from oracle import (
     run,
 )
 
-from fused import ops
-from fused.random import keep_mask
+from fused.backends import ops
+from fused.run.random import keep_mask
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from fused.kernels.parts.activation import activate, activate_grad
 
-from fused import reference
+from fused.run import reference
 from fused.spec import ACTIVATIONS
 
 INF, NAN = float("inf"), float("nan")

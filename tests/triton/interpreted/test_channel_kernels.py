@@ -20,8 +20,8 @@ from fused.kernels.tuning import channel as tuning
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.audit.interpreter import Launch, launches
-from fused import ops
-from fused.random import keep_mask
+from fused.backends import ops
+from fused.run.random import keep_mask
 from fused.spec import ACTIVATIONS, NORM_CODES, Spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

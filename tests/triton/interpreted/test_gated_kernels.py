@@ -25,9 +25,9 @@ from oracle import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.audit.interpreter import launches
-from fused import launchers, ops
-from fused.ops import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
-from fused.random import keep_mask
+from fused.backends import launchers, ops
+from fused.backends.ops import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
+from fused.run.random import keep_mask
 from fused.spec import GATED_ACTIVATIONS, GATED_CODES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

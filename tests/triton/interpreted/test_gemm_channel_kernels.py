@@ -16,8 +16,8 @@ from gemm_oracle import Case, check, forward_arguments, make_inputs, matrix_of_c
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.audit.interpreter import launches
-from fused import gemm, launchers, ops
-from fused.random import keep_mask
+from fused.backends import gemm, launchers, ops
+from fused.run.random import keep_mask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)

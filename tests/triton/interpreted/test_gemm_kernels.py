@@ -25,8 +25,8 @@ from gemm_oracle import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.audit.interpreter import launches
-from fused import gemm, launchers, ops
-from fused.random import keep_mask
+from fused.backends import gemm, launchers, ops
+from fused.run.random import keep_mask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NORMS = ("layer", "rms", None)
@@ -229,7 +229,7 @@ def keep_mask_from(
     first: int, rows: int, groups: int, threshold: int, seed: torch.Tensor
 ) -> torch.Tensor:
     """keep_mask of a matrix of 8 · groups columns, its rows from `first` on."""
-    from fused.random import philox
+    from fused.run.random import philox
 
     counter = torch.arange(first * groups, (first + rows) * groups).view(rows, groups)
     words = philox(seed, counter)

@@ -27,9 +27,9 @@ from oracle import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.audit.interpreter import launches
-from fused import launchers, ops
-from fused.ops import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
-from fused.random import keep_mask
+from fused.backends import launchers, ops
+from fused.backends.ops import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
+from fused.run.random import keep_mask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (0.1 keeps most, 65535/65536 keeps nearly none, 1 keeps none)

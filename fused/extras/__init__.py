@@ -1,0 +1,1 @@
+"""Around the chains: feature scaling, folding of norms, dropout as an ensemble."""

@@ -1,0 +1,1 @@
+"""Norms, gates and dropout that torch has not, and jagged tensors."""

@@ -1,0 +1,1 @@
+"""How a chain runs: prepared once, routed once, differentiated by one Function a family."""

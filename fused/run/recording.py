@@ -1,0 +1,57 @@
+"""Who watches a call: the compiler, an export, a trace or a transform, and what they can record.
+
+A kernel's operators serve eager calls, torch.compile, and torch.export under no_grad; all others
+see plain torch operators.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends.backend import choose
+
+functorch_active = torch._C._are_functorch_transforms_active
+is_tracing = torch._C._is_tracing
+is_exporting = torch.compiler.is_exporting
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+PLAIN_TENSORS = (torch.nn.Parameter, Tensor)
+_forward_ad = torch.autograd.forward_ad
+
+
+def is_compiling() -> bool:
+    """Whether torch.compile or torch.export records: sizes may be symbols, and nothing is kept."""
+    return is_dynamo_compiling() or is_exporting()
+
+
+def recorded_plain() -> bool:
+    """Whether what is recorded now must be plain torch operators.
+
+    torch.jit.trace and ONNX know no others. torch.export records no autograd.Function, only the
+    operators inside, which have no gradient: they serve an export under no_grad.
+    """
+    if is_exporting():
+        return torch.is_grad_enabled() or torch.onnx.is_in_onnx_export()
+    return not is_dynamo_compiling() and is_tracing()
+
+
+def is_plain(t: object) -> bool:
+    """Whether t is a tensor that a kernel can read, or stands for one while torch.export runs."""
+    kind = type(t)
+    if kind in PLAIN_TENSORS:
+        return True
+    return is_exporting() and kind.__name__ == "FakeTensor"
+
+
+def transformed() -> bool:
+    """Whether torch differentiates forward or transforms: the operator serves neither."""
+    return functorch_active() or _forward_ad._current_level >= 0
+
+
+def composite(x: Tensor) -> bool:
+    """Whether the chain runs as plain torch operators rather than as one operator."""
+    if transformed() or recorded_plain() or not is_plain(x):  # DTensor, for one
+        return True
+    if x.is_cpu:
+        return choose("cpu", x.dtype) == "reference"
+    return choose(x.device.type, x.dtype, x.get_device()) == "reference"
