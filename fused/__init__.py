@@ -7,10 +7,12 @@ __path__ = search_path(__path__)
 
 from . import functional
 from .backends.backend import use_backend
-from .chain.convert import Report, fuse_, unfuse_
-from .extras.ensemble import MonteCarlo, mc_dropout
 from .backends.extension import empty_cache
+from .chain.convert import Report, fuse_, unfuse_
+from .chain.plan import Entry, Plan
+from .extras.ensemble import MonteCarlo, mc_dropout
 from .extras.fold import FoldReport, fold_
+from .extras.scaler import FeatureScaler
 from .nn import (
     MLP,
     BatchNorm,
@@ -25,8 +27,6 @@ from .nn import (
     Sequential,
     SwiGLU,
 )
-from .chain.plan import Entry, Plan
-from .extras.scaler import FeatureScaler
 from .spec import activations, norms
 
 __all__ = [

@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import nn
 
 from . import __version__
-from .tools import doctor, tune, tune_linear
 from .chain.convert import fuse_
+from .tools import doctor, tune, tune_linear
 
 
 def load_model(target: str) -> nn.Module:

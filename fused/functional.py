@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .modules.jagged import on_jagged_values
 from .run.autocast import autocast_dtype, float32_under_autocast
 from .run.checks import (
     after_cast,
@@ -25,7 +26,6 @@ from .run.checks import (
     checked_spec,
     contiguous,
 )
-from .modules.jagged import on_jagged_values
 from .run.prepare import run
 from .run.random import dropout_mask as _dropout_mask
 from .spec import CHANNEL_NORMS, activation_name, norm_name

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from .chain.block import Block, Built
 from .chain.build import make_activation, make_dropout, make_norm, named_activation
-from .run.checks import check_keywords
-from .modules.gated import GeGLU, ReGLU, SwiGLU
 from .chain.guard import ReLUSquared
-from .modules.jagged import is_jagged
-from .modules.norms import BatchNorm, ChannelDropout, GroupNorm, InstanceNorm
 from .chain.plan import Entry, Plan
 from .chain.sequential import Sequential
+from .modules.gated import GeGLU, ReGLU, SwiGLU
+from .modules.jagged import is_jagged
+from .modules.norms import BatchNorm, ChannelDropout, GroupNorm, InstanceNorm
+from .run.checks import check_keywords
 from .spec import CHANNEL_NORMS, GATED_ACTIVATIONS, norm_name
 
 __all__ = [

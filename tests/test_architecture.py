@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused.run import reference
 from fused.chain.guard import ReLUSquared, activation_of
+from fused.run import reference
 from fused.spec import (
     ACTIVATION_CODES,
     ACTIVATIONS,
@@ -29,8 +29,8 @@ SOURCES += ("setup.py",)
 # What may be longer, and why.
 LONGER: dict[str, tuple[int, str]] = {"setup.py": (330, "pip runs it by itself")}
 
-# The rooms of fused/ ("": the public modules) and what is in them, in order: a module may import only
-# modules before it, so no room imports a later one.
+# The rooms of fused/ ("": the public modules) and what is in them, in order: a module may import
+# only modules before it, so no room imports a later one.
 ROOMS: list[tuple[str, str]] = [
     ("", "spec"),
     ("backends", "location launchers schemas extension ops cuda_library cuda_row cuda_channel"),
@@ -120,7 +120,9 @@ def test_cpp_output_stage_is_written_once() -> None:
 
 def test_imports_go_one_way() -> None:
     paths = [path for path in (ROOT / "fused").rglob("*.py") if path.name != "__init__.py"]
-    names = {".".join(path.relative_to(ROOT / "fused").with_suffix("").parts): path for path in paths}
+    names = {
+        ".".join(path.relative_to(ROOT / "fused").with_suffix("").parts): path for path in paths
+    }
     assert names.keys() == set(ORDER)
     for position, name in enumerate(ORDER):
         for target in relative_imports(names[name]):

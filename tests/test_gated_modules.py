@@ -16,9 +16,9 @@ from sequentials import assert_same, outcome
 from torch import Tensor, nn
 
 import fused
-from fused.run import reference
 from fused.functional import dropout_mask, linear_norm_act, norm_act
 from fused.nn import GeGLU, ReGLU, SwiGLU
+from fused.run import reference
 from fused.spec import GATED_ACTIVATIONS
 
 MODULES = [nn.GLU(), SwiGLU(), GeGLU(), GeGLU(approximate="tanh"), ReGLU()]

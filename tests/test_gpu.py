@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import fused
 from fused import functional
 from fused.run import reference
-from fused.tools import doctor
 from fused.spec import ACTIVATIONS, make_spec
+from fused.tools import doctor
 
 pytestmark = [
     pytest.mark.gpu,

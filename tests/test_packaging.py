@@ -150,7 +150,8 @@ WHERE = """
 import warnings; warnings.simplefilter("ignore")
 import fused, fused.kernels
 print(fused.__file__, fused.kernels.__file__)
-print(fused.backends.backend.cpu_isa(), fused.backends.backend.why_not("cpp", "cpu", __import__("torch").float32))
+from fused.backends.backend import cpu_isa, why_not
+print(cpu_isa(), why_not("cpp", "cpu", __import__("torch").float32))
 """
 
 

@@ -18,9 +18,9 @@ from fused.kernels.tuning import rules as tuning
 from fused.kernels.tuning import tuned
 from test_tuned import GPU, forward_tile, key
 
+from fused.__main__ import main
 from fused.backends import backend
 from fused.tools import clock, tune, tune_cases
-from fused.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("table")
 

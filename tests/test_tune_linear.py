@@ -14,9 +14,9 @@ from fused.kernels.tuning import tuned
 from gemm_calls import H100, HALF, gradients
 
 import fused
+from fused.__main__ import main
 from fused.backends import gemm, ops
 from fused.tools import tune, tune_linear
-from fused.__main__ import main
 from fused.tools.tune_linear import LinearCase
 
 pytestmark = pytest.mark.usefixtures("table")

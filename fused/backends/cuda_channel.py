@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..spec import ACTIVATION_NAMES, NORM_CODES, is_gated
 from .cuda_library import compute_dtype, launch
 from .cuda_row import chunks_of
-from ..spec import ACTIVATION_NAMES, NORM_CODES, is_gated
 
 # Positions of a row that one team of threads goes over.
 _POSITIONS_OF_CHUNK = 8192

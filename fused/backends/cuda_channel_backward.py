@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..spec import NORM_CODES, WANT_BIAS
 from .cuda_channel import (
     PLANES,
     ChannelScalars,
@@ -21,7 +22,6 @@ from .cuda_channel import (
     epilogue_walk_of,
 )
 from .cuda_library import add_up, compute_dtype, launch, new_sums, returned, wanted_of
-from ..spec import NORM_CODES, WANT_BIAS
 
 
 def _walk_backward(

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import location
 from ..spec import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT
+from . import location
 
 LIBRARY = location.find("_cuda")
 _REBUILD = (

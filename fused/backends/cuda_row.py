@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .cuda_library import add_up, compute_dtype, launch, new_sums, returned, wanted_of
 from ..spec import ACTIVATION_NAMES, NORM_NAMES, STATISTICS, is_gated
+from .cuda_library import add_up, compute_dtype, launch, new_sums, returned, wanted_of
 
 # Rows that are summed up by one block at least, and blocks that share the rows at most: what fills
 # a large GPU several times over.

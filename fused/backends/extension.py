@@ -9,9 +9,9 @@ import warnings
 
 import torch
 
+from ..spec import ACTIVATION_NAMES
 from . import location
 from .schemas import SCHEMAS
-from ..spec import ACTIVATION_NAMES
 
 _PATH = location.find("_C")
 _REBUILD = (

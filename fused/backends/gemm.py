@@ -19,10 +19,10 @@ import os
 import torch
 from torch import Tensor
 
-from .backend import choose
 from ..kernels.tuning import gemm as gemm_tuning
 from ..kernels.tuning import tuned
 from ..kernels.tuning.gemm import Kind
+from .backend import choose
 
 MODES = ("auto", "library", "fused")
 

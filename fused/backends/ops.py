@@ -10,9 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import extension as _extension  # noqa: F401  (it defines the operators)
-from .launchers import LINEAR_PLACES, PLACES
-from .schemas import SCHEMAS
 from ..spec import (
     NORM_NAMES,
     STATISTICS,
@@ -21,6 +18,9 @@ from ..spec import (
     WANT_NORM_WEIGHT,
     is_gated,
 )
+from . import extension as _extension  # noqa: F401  (it defines the operators)
+from .launchers import LINEAR_PLACES, PLACES
+from .schemas import SCHEMAS
 
 _library = torch.library.Library("fused_lnad", "FRAGMENT")
 for _name, _schema in SCHEMAS.items():

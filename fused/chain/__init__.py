@@ -1,1 +1,1 @@
-"""Which modules form a chain, whether it may run as one operation now, and the Sequential that asks."""
+"""Which modules form a chain and whether it may run as one operation; `Sequential`, `fuse_`."""

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import Chain
-from ..run.checks import check_mask, check_residual
-from .guard import NORM_OF
 from ..modules.jagged import is_jagged, like, residual_values, values_of
 from ..modules.norms import MASKED_NORMS, ChannelDropout
+from ..run.checks import check_mask, check_residual
 from ..run.recording import is_plain
+from .chain import Chain
+from .guard import NORM_OF
 from .sequential import Sequential
 
 

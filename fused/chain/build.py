@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from ..modules.gated import make_gate
-from .guard import ACTIVATION, KIND_OF, ReLUSquared, activation_of, activation_reason
 from ..modules.norms import BatchNorm, ChannelDropout, GroupNorm, InstanceNorm
 from ..spec import (
     ACTIVATIONS,
@@ -18,6 +17,7 @@ from ..spec import (
     activation_parameters,
     activations,
 )
+from .guard import ACTIVATION, KIND_OF, ReLUSquared, activation_of, activation_reason
 
 
 def named_activation(

@@ -20,10 +20,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as _hooks
 
 from ..backends import backend
-from . import guard
-from ..run.autocast import autocast_dtype
-from .guard import FORWARD_OF, activation_of
 from ..modules.norms import MASKED_NORMS
+from ..run.autocast import autocast_dtype
 from ..run.prepare import run
 from ..run.recording import (
     PLAIN_TENSORS,
@@ -35,6 +33,8 @@ from ..run.recording import (
 )
 from ..run.rows import row
 from ..spec import Spec, default_eps, make_spec
+from . import guard
+from .guard import FORWARD_OF, activation_of
 from .stages import Stages
 
 _autocast_enabled = torch._C._is_any_autocast_enabled

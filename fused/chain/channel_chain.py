@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import guard
+from ..modules.norms import NORM_CLASSES, channel_norm
 from ..run.autocast import autocast_dtype
-from .chain import Chain
 from ..run.channels import channel
 from ..run.checks import few_values
-from .guard import CHANNEL_DROPOUTS
-from ..modules.norms import NORM_CLASSES, channel_norm
 from ..run.prepare import run
 from ..run.recording import is_compiling
 from ..run.running import ChannelNorm
 from ..spec import Spec
+from . import guard
+from .chain import Chain
+from .guard import CHANNEL_DROPOUTS
 
 _HALF = (torch.bfloat16, torch.float16)
 # The numbers of dimensions that a norm takes, the batch included; None: two or more.

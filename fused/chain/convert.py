@@ -9,8 +9,8 @@ from torch import nn
 
 from .chain import Chain
 from .guard import KIND_OF, LINEAR, NORM
-from .sequential import Sequential
 from .plan import Entry, make_entry, make_steps, printable
+from .sequential import Sequential
 
 __all__ = ["Report", "fuse_", "unfuse_"]
 

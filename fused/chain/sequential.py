@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from .chain import Chain
 from ..modules.norms import BatchNorm
+from .chain import Chain
 from .plan import Entry, Plan, Single, make_entry, make_steps
 
 _compiling = torch.compiler.is_dynamo_compiling

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ..backends import backend
-from . import guard
-from ..run.autocast import autocast_dtype, float32_under_autocast
 from ..modules.gated import GATED_MODULES
+from ..run.autocast import autocast_dtype, float32_under_autocast
+from . import guard
 from .guard import ACTIVATION, KIND_OF, NORM, NORM_OF, activation_of
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from .foldable import runs_in_order
-from ..run.moments import column_moments, merge_moments
-from ..nn import Sequential
 from ..modules.norms import ChannelDropout
+from ..nn import Sequential
+from ..run.moments import column_moments, merge_moments
+from .foldable import runs_in_order
 
 __all__ = ["MonteCarlo", "mc_dropout"]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..chain.guard import parameter_reason
-from ..nn import MLP, LinearNormAct, NormAct, Sequential
 from ..modules.norms import BatchNorm
+from ..nn import MLP, LinearNormAct, NormAct, Sequential
 from .scaler import FeatureScaler
 
 # The forwards that only call the children.

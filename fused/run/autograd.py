@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import ops
-from . import reference, synchronize
 from ..backends.backend import as_asked, asked
-from .layout import contiguous_rows
 from ..spec import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT, Spec
+from . import reference, synchronize
+from .layout import contiguous_rows
 
 Run = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
 from ..backends.backend import request
-from .running import ChannelNorm
 from ..spec import ACTIVATIONS, GATED_ACTIVATIONS, Spec
+from . import reference
+from .running import ChannelNorm
 
 _FAST = (None, "relu", "relu6", "leaky_relu", "sigmoid", "silu", "hardswish")
 _FAIR = ("elu", "selu", "gelu_tanh", "mish", "tanh", "softplus")

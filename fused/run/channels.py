@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import gemm, ops
+from ..spec import Spec
 from . import by_torch, reference, synchronize
 from .autograd import ChannelFunction
 from .checks import few_values
@@ -24,7 +25,6 @@ from .layout import Layout, apply_layout, lay_out
 from .random import draw_seed
 from .rows import apart, needs_gradient, row
 from .running import ChannelNorm, update_running
-from ..spec import Spec
 
 
 def channel(

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..spec import CHANNEL_NORMS, PARAMETER_NAMES, Spec, default_eps, is_nan, make_spec
 from . import synchronize
 from .running import ChannelNorm
-from ..spec import CHANNEL_NORMS, PARAMETER_NAMES, Spec, default_eps, is_nan, make_spec
 
 _HALF = (torch.bfloat16, torch.float16)
 

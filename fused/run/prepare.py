@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..spec import Spec
 from .autocast import autocast_dtype, cast_by_autocast, float32_under_autocast
 from .channels import channel
 from .recording import composite, is_compiling
 from .rows import row
 from .running import ChannelNorm, count_batch
-from ..spec import Spec
 
 Parameters = tuple[Tensor | None, Tensor | None]  # weight and bias
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .random import keep_mask
 from ..spec import ACTIVATIONS, GATED_ACTIVATIONS, Spec, dropout_scale
+from .random import keep_mask
 
 
 def activate(h: Tensor, activation: str | None, alpha: float = 0.0, beta: float = 0.0) -> Tensor:

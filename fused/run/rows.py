@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import gemm, ops
+from ..spec import GATED_ACTIVATIONS, Spec
 from . import by_torch, reference
 from .autograd import RowFunction
 from .layout import contiguous_rows
 from .random import draw_seed
 from .recording import is_compiling
-from ..spec import GATED_ACTIVATIONS, Spec
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..run import reference
 from ..backends.backend import choose, use_backend
 from ..functional import dropout_mask, linear_norm_act, norm_act
+from ..run import reference
 from ..spec import (
     CHANNEL_NORMS,
     Spec,

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .clock import GAIN, Measure, measure_on_gpu, median_ratio, noise_floor
 from ..kernels.tuning import tuned
+from .clock import GAIN, Measure, measure_on_gpu, median_ratio, noise_floor
 from .tune_cases import Case, channel_cases, row_cases
 from .tune_linear import LinearCase, default_cases, gain_of, is_served
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import gemm, ops
-from .clock import Measure, median_ratio, noise_floor
 from ..kernels.tuning import gemm as gemm_tuning
 from ..spec import make_spec
+from .clock import Measure, median_ratio, noise_floor
 from .tune_cases import ACTIVATION, Call, P, short
 
 ROWS = (1024, 32768)

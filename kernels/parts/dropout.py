@@ -1,6 +1,6 @@
 """Dropout's multiplier for a tile: Philox4x32 with 7 rounds, eight elements per call.
 
-The same bits as fused/run/random.py, which states the rule (counter, word and half of each element).
+The same bits as fused/run/random.py, which states the rule: counter, word and half of an element.
 The mask depends on the seed and the element alone.
 
 Why not tl.randint4x: 32 x 32 → 64 bit products written as one multiplication become IMAD.WIDE. A

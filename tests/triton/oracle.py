@@ -2,7 +2,7 @@
 
     |result - oracle| ≤ 2 max|eager - oracle| + 4 ulp(oracle)
 
-oracle: fused/run/reference.py in float64. eager: the same in the dtype of z. The mask is the same in
+oracle: reference.py in float64. eager: the same in the dtype of z. The mask is the same in
 all three. Where the oracle is NaN or ±inf the result must be so too, except where eager in the same
 dtype is not finite either: it ran out of range. Elements where eager alone is not finite are not
 judged; an output that would compare nothing at all is a failure, not a pass.

@@ -1,7 +1,7 @@
 """The interpreter's cases on a real GPU at full size; skipped without one.
 
 What only a GPU can show: the approximate PTX instructions, the layouts, races between programs and
-threads, equality of the mask with fused/run/random.py, offsets beyond 2^31 elements of every tensor,
+threads, the mask against fused/run/random.py, offsets beyond 2^31 elements of every tensor,
 and that the dispatcher finds these kernels.
 """
 
