@@ -1,6 +1,6 @@
 """Whether a provider computes the chain: the gate before anything is timed.
 
-The very call that will be timed is compared with `fused.reference` in float64, at full size. Rows
+The very call that will be timed is compared with the reference in float64, at full size. Rows
 do not depend on each other, so the oracle sees a sample of them, spread over all threads and
 blocks; dy is zero elsewhere, and the gradients of the parameters then depend on the sample alone. A
 dropout mask is read off the output: each element must be zero, or the scale times the activation,

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Operation, norm and dtype of fused.selftest, in training; in the order of what tells most.
+# Operation, norm and dtype of the doctor's tests, in training; in the order of what tells most.
 FAMILIES: dict[str, tuple[tuple[str, str | None, str], ...]] = {
     "row": (
         ("norm_act", "layer", "bfloat16"),

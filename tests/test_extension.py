@@ -75,7 +75,7 @@ def test_extension_of_older_sources(package: Path, change: str) -> None:
             )
     (package / "_C.abi3.so").write_bytes(content)
     lacks = "row_new" if change == "new operator" else "row_forward"
-    with (package / "schemas.py").open("a") as file:
+    with (package / "backends" / "schemas.py").open("a") as file:
         if change == "new operator":
             file.write('SCHEMAS["row_new"] = "row_new(Tensor z) -> Tensor"\n')
         elif change == "new argument":
@@ -114,7 +114,7 @@ def test_the_extension_alone_defines_the_operators(tmp_path: Path) -> None:
 @needs_extension
 def test_the_extension_can_be_loaded_after_python_defined_the_operators() -> None:
     done = run_python(
-        "import torch, fused\nfrom fused import ops\n"
+        "import torch, fused\nfrom fused.backends import ops\n"
         f"torch.ops.load_library({str(EXTENSION)!r})\n"
         "z = torch.randn(5, 16)\n"
         "print(ops.row_forward(z, *[None] * 5, 1, 1e-5, 0, 0.0, 0.0, 0)[0].shape)\n",

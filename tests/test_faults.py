@@ -40,7 +40,7 @@ def test_no_triton_where_there_is_a_gpu() -> None:
         "import sys; sys.modules['triton'] = None\n"
         "import torch; torch.cuda.is_available = lambda: True\n"
         "torch.cuda.current_device = lambda: 0\n"
-        "from fused import backend; print(backend.why_not('triton', 'cuda', torch.float32))"
+        "from fused.backends import backend as b; print(b.why_not('triton', 'cuda', torch.float32))"
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "triton is not installed; run 'pip install triton'"
@@ -182,5 +182,7 @@ def test_unknown_backend_lists_the_known_ones() -> None:
 
 
 def test_an_empty_request_is_none() -> None:
-    done = run_python("from fused import backend; print(backend.requested())", FUSED_BACKEND="")
+    done = run_python(
+        "from fused.backends import backend as b; print(b.requested())", FUSED_BACKEND=""
+    )
     assert (done.returncode, done.stdout.strip()) == (0, "auto"), done.stderr

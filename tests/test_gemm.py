@@ -73,7 +73,7 @@ def given_eps(net: fused.LinearNormAct) -> float:
 )
 def test_the_environment_is_read(asked: str, expected: str) -> None:
     code = (
-        "import sys; from fused import gemm; print(gemm.mode, gemm.enabled);"
+        "import sys; from fused.backends import gemm; print(gemm.mode, gemm.enabled);"
         "assert 'triton' not in sys.modules"
     )
     done = run_python(code, FUSED_GEMM=asked, FUSED_TUNING="0")
