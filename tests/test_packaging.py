@@ -277,3 +277,13 @@ def test_instruction_sets_do_not_leak(isa: str) -> None:
     weak = re.findall(r"^[0-9a-f]* [WVu] (.*)$", done.stdout, re.M)
     assert weak
     assert [name for name in weak if f"fused::{isa}::" not in name] == []
+
+
+def test_kernels_prefetch() -> None:
+    """GCC drops the calls of a function that only prefetches, unless it is inlined."""
+    objects = list(ROOT.glob("build/objects-*/csrc_cpu_row_avx2.o"))
+    if not objects or not shutil.which("objdump"):
+        pytest.skip("no object files of an in-place build, or no objdump")
+    newest = max(objects, key=lambda p: p.stat().st_mtime)
+    command = ["objdump", "-d", "--no-show-raw-insn", str(newest)]
+    assert "prefetch" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
