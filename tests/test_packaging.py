@@ -274,7 +274,8 @@ def test_instruction_sets_do_not_leak(isa: str) -> None:
     done = subprocess.run(
         ["nm", "-C", "--defined-only", *newest], capture_output=True, text=True, check=True
     )
-    weak = re.findall(r"^[0-9a-f]* [WVu] (.*)$", done.stdout, re.M)
+    # Code: a reference to the runtime's exception handling is data, the same for all.
+    weak = re.findall(r"^[0-9a-f]* [WVu] (?!DW\.ref\.)(.*)$", done.stdout, re.M)
     assert weak
     assert [name for name in weak if f"fused::{isa}::" not in name] == []
 
