@@ -87,7 +87,7 @@ def run_python(code: str, folder: Path, site: Path | None = None) -> str:
 
 
 def test_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
-    expected = {f"fused/{path.name}" for path in (ROOT / "fused").glob("*.py")}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "fused").rglob("*.py")}
     expected |= {f"fused/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     expected |= {"fused/py.typed", "fused/_C.missing", "fused/_cuda.missing"}
     with zipfile.ZipFile(wheel) as archive:
@@ -284,3 +284,13 @@ def test_instruction_sets_do_not_leak(isa: str) -> None:
     data = {"DW.ref.__gxx_personality_v0"}  # a pointer, for exceptions
     assert [name for name in weak if f"fused::{isa}::" not in name and name not in data] == []
     assert not re.search(r"\.init_array|\.ctors|\.text\.startup", said("objdump", "-h"))
+
+
+def test_kernels_prefetch() -> None:
+    """GCC drops the calls of a function that only prefetches, unless it is inlined."""
+    objects = list(ROOT.glob("build/objects-*/csrc_cpu_row_avx2.o"))
+    if not objects or not shutil.which("objdump"):
+        pytest.skip("no object files of an in-place build, or no objdump")
+    newest = max(objects, key=lambda p: p.stat().st_mtime)
+    command = ["objdump", "-d", "--no-show-raw-insn", str(newest)]
+    assert "prefetch" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

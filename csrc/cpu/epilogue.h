@@ -160,12 +160,15 @@ struct Epilogue : Packs<T> {
         Base::prefetch(input.ahead + start, Base::kPack);
         Base::prefetch(row.ahead + start, Base::kPack);
         input.load(x, start, n);
-        load_gradient(g, start, n);
+        // h first and the rest beside it, for want of registers.
         if (compares) {
           each(x, start, [&](int k, int64_t) FUSED_INLINE { h[k] = x[k]; });
           input.affine(h, start, n);
+          load_gradient(g, start, n);
           each(g, start,
                [&](int k, int64_t) FUSED_INLINE { g[k] = select(h[k] <= alpha, V{}, g[k]); });
+        } else {
+          load_gradient(g, start, n);
         }
         done(g, x, start, n);
       });

@@ -113,8 +113,10 @@ struct Packs {
     }
   }
 
-  // Asks for what is read a row or more later; the hardware prefetcher stops at page ends.
-  static void prefetch(const T* p, int64_t count) {
+  // Asks for what is read a row or more later; the hardware prefetcher stops at page ends. Always
+  // inline: GCC 12 takes a function that only prefetches for one without effect and drops its
+  // calls.
+  FUSED_INLINE static void prefetch(const T* p, int64_t count) {
     constexpr int kPerLine = 64 / sizeof(T);
     for (int64_t i = 0; i < count; i += kPerLine) __builtin_prefetch(p + i, 0, 2);
   }

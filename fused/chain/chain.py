@@ -240,6 +240,10 @@ class Chain(Stages):
         activation, parameters = activation_of(self.activation)
         return eps, p, make_spec(self.norm_name, given, activation, p, parameters)
 
+    def _spec_for(self, x: Tensor) -> Spec:
+        cast = None if self.linear is None else autocast_dtype(x.device.type)
+        return self._scalars(cast or x.dtype)[2]
+
     def _linear_parameters(self) -> tuple[Tensor | None, Tensor | None]:
         if self.linear is None:
             return None, None
@@ -254,9 +258,7 @@ class Chain(Stages):
         spec: Spec | None = None,
     ) -> Tensor:
         """The chain as one operation, on an input that the guard has passed."""
-        if spec is None:
-            cast = None if self.linear is None else autocast_dtype(x.device.type)
-            spec = self._scalars(cast or x.dtype)[2]
+        spec = spec or self._spec_for(x)
         if self.alone is not None:
             y = self._run_alone(x, residual, spec)
             return y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.norms import NORM_CLASSES, channel_norm
-from ..run.autocast import autocast_dtype
 from ..run.channels import channel
 from ..run.checks import few_values
 from ..run.prepare import run
@@ -201,11 +200,8 @@ class ChannelChain(Chain):
         spec: Spec | None = None,
     ) -> Tensor:
         again = spec is not None and residual is None and mask is None and not self.gated
-        if spec is None:
-            cast = None if self.linear is None else autocast_dtype(x.device.type)
-            spec = self._scalars(cast or x.dtype)[2]
-        linear: Any = {} if self.linear is None else self.linear._parameters
-        given: Any = (linear.get("weight"), linear.get("bias"))
+        spec = spec or self._spec_for(x)
+        given: Any = self._linear_parameters()
         norm, dim = self.channel_norm, self.channel_dim
         if self.drops_channels:
             spec = spec._replace(channel_dropout=spec.threshold > 0)
