@@ -201,7 +201,8 @@ class ChannelChain(Chain):
     ) -> Tensor:
         again = spec is not None and residual is None and mask is None and not self.gated
         spec = spec or self._spec_for(x)
-        given: Any = self._linear_parameters()
+        linear: Any = {} if self.linear is None else self.linear._parameters
+        given: Any = (linear.get("weight"), linear.get("bias"))
         norm, dim = self.channel_norm, self.channel_dim
         if self.drops_channels:
             spec = spec._replace(channel_dropout=spec.threshold > 0)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..backends import ops
 from ..backends.backend import as_asked, asked
-from ..spec import WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT, Spec
+from ..spec import NORM_CODES, WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT, Spec
 from . import reference, synchronize
 from .layout import contiguous_rows
 
@@ -156,7 +156,8 @@ class ChannelFunction(torch.autograd.Function):
         elif constant:
             y = ops.channel_apply(z, mean, variance, *parameters, *scalars)
         elif group is not None:
-            local = ops.channel_statistics(z, mask, *scalars[:3])
+            layout = NORM_CODES[spec.norm], spec.groups, spec.channels_last
+            local = ops.channel_statistics(z, mask, *layout)
             found = synchronize.merge_statistics(z, spec.channels_last, local, group)
             y = ops.channel_apply(z, *found[:2], *parameters, *scalars)
         else:
