@@ -125,7 +125,9 @@ Stages stages_of(Storage compute, int64_t activation, double alpha, double beta)
   stages.value = table.value[of_compute][activation];
   stages.gradient = table.gradient[of_compute][activation];
   if (activation > 1) {
-    stages.through = Through::stage;
+    stages.through = activation == kGelu   ? Through::gelu
+                     : activation == kSilu ? Through::silu
+                                           : Through::stage;
   } else {  // none, with which every comparison is false, and relu
     stages.alpha = activation ? 0 : std::numeric_limits<double>::quiet_NaN();
   }

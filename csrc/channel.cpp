@@ -1,5 +1,5 @@
-// The CPU implementations of the channel operators (schemas: fused/backends/schemas.py), on libtorch's
-// stable ABI: arguments and outputs. What is done when, and by which thread, is in
+// The CPU implementations of the channel operators (schemas: fused/backends/schemas.py), on
+// libtorch's stable ABI: arguments and outputs. What is done when, and by which thread, is in
 // channel_statistics.cpp, channel_forward.cpp, channel_sums.cpp and channel_backward.cpp; the
 // arithmetic in cpu/channel_*.h.
 #include "channel.h"

@@ -95,7 +95,7 @@ struct Backward {
   // ---- a group or a sample at a time ----
 
   // Whether g is kept between the passes, not made again: where it costs more than a comparison.
-  bool keeps() const { return p.stages.through == Through::stage || p.stages.threshold; }
+  bool keeps() const { return p.through() || p.stages.threshold; }
 
   C* kept(int64_t size) const {
     return keeps() ? static_cast<C*>(

@@ -108,7 +108,7 @@ struct ChannelProblem {
   const bool* mask = nullptr;  // of an empty tensor null, too
   bool has_mask = false;
 
-  int through() const { return static_cast<int>(stages.through); }
+  int through() const { return stages.through != Through::comparison; }
   int64_t all_rows() const { return samples * rows; }
   int64_t element_size() const;
   int64_t elements() const { return samples * rows * cols; }

@@ -58,8 +58,8 @@ const Kernels*& active() {
 
 const Kernels& active_kernels() { return *active(); }
 
-// Called by fused/backends/extension.py and fused/backends/backend.py through ctypes: none takes part in a
-// computation.
+// Called by fused/backends/extension.py and fused/backends/backend.py through ctypes: none takes
+// part in a computation.
 extern "C" __attribute__((visibility("default"))) const char* fused_cpu_isa() {
   return active()->name;
 }

@@ -1,5 +1,5 @@
-// The CPU implementations of the row operators (schemas: fused/backends/schemas.py), on libtorch's stable
-// ABI.
+// The CPU implementations of the row operators (schemas: fused/backends/schemas.py), on libtorch's
+// stable ABI.
 //
 // This file allocates and splits the rows over threads; the arithmetic is in cpu/row_forward.h and
 // cpu/row_backward.h.

@@ -99,6 +99,7 @@ def test_cpp_codes_are_those_of_the_specification() -> None:
     found = dict(re.findall(r"(\w+) = (\d+)", norms[1]))
     assert found == {name or "none": str(code) for name, code in NORM_CODES.items()}
     assert f"kActivations = {len(ACTIVATION_CODES)}" in codes
+    assert f"kGelu = {ACTIVATION_CODES['gelu']}, kSilu = {ACTIVATION_CODES['silu']}" in codes
 
 
 def test_cpp_gates_are_those_of_the_specification() -> None:

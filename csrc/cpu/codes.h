@@ -8,6 +8,7 @@ namespace fused {
 // fused/spec.py
 enum class Norm : int { none = 0, layer = 1, rms = 2, batch = 3, group = 4, instance = 5 };
 constexpr int kActivations = 16;
+constexpr int kGelu = 6, kSilu = 8;
 // a·gate(b) of the halves (a, b) of a row: codes of their own, after those of the activations.
 constexpr int kFirstGated = kActivations, kGatedActivations = 5;
 constexpr int kActivationCodes = kFirstGated + kGatedActivations;

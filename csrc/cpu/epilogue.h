@@ -12,6 +12,8 @@
 
 #include "pack.h"
 #include "stages.h"
+// After pack.h: its templates need the functions of the vector type declared.
+#include "../activation.h"
 
 namespace fused::FUSED_TARGET {
 
@@ -45,6 +47,10 @@ struct Epilogue : Packs<T> {
   using typename Base::C;
   using typename Base::V;
   static constexpr bool kGated = kThrough == Through::gate;
+  static constexpr bool kCompares = kThrough == Through::comparison;
+  static constexpr bool kInside = kThrough != Through::stage && !kGated;
+  using Inside = std::conditional_t<kThrough == Through::gelu, Gelu, Silu>;
+  using Parameters = ActivationParameters<V>;
   static constexpr int64_t kHalves = kGated ? 2 : 1;
 
   explicit Epilogue(const Stages& given)
@@ -103,13 +109,16 @@ struct Epilogue : Packs<T> {
   // Columns [0, cols) of y; gates lie `cols` columns behind what they multiply.
   template <class Input>
   FUSED_INLINE void output(int64_t cols, const Input& input, const OutputRow<T>& row) {
-    if constexpr (kThrough == Through::comparison) {
+    if constexpr (kInside) {
       Base::for_each_pack(cols, [&](int64_t start, auto count, auto n) FUSED_INLINE {
         V h[decltype(count)::value];
         Base::prefetch(input.ahead + start, Base::kPack);
         input.load(h, start, n);
         input.affine(h, start, n);
-        if (compares) {
+        if constexpr (!kCompares) {
+          each(h, start,
+               [&](int k, int64_t) FUSED_INLINE { h[k] = Inside::value(h[k], Parameters{}); });
+        } else if (compares) {
           each(h, start,
                [&](int k, int64_t) FUSED_INLINE { h[k] = select(h[k] < alpha, alpha, h[k]); });
         }
@@ -152,7 +161,7 @@ struct Epilogue : Packs<T> {
       drop(g, start, row.counter);
       input.rescale(g, start, n);
     };
-    if constexpr (kThrough == Through::comparison) {
+    if constexpr (kInside) {
       Base::for_each_pack(end - begin, [&](int64_t from, auto count, auto n) FUSED_INLINE {
         constexpr int kCount = decltype(count)::value;
         const int64_t start = begin + from;
@@ -161,10 +170,16 @@ struct Epilogue : Packs<T> {
         Base::prefetch(row.ahead + start, Base::kPack);
         input.load(x, start, n);
         // h first and the rest beside it, for want of registers.
-        if (compares) {
+        if (!kCompares || compares) {
           each(x, start, [&](int k, int64_t) FUSED_INLINE { h[k] = x[k]; });
           input.affine(h, start, n);
           load_gradient(g, start, n);
+        }
+        if constexpr (!kCompares) {
+          each(g, start, [&](int k, int64_t) FUSED_INLINE {
+            g[k] = Inside::gradient(g[k], h[k], Parameters{});
+          });
+        } else if (compares) {
           each(g, start,
                [&](int k, int64_t) FUSED_INLINE { g[k] = select(h[k] <= alpha, V{}, g[k]); });
         } else {

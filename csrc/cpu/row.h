@@ -68,8 +68,8 @@ constexpr int64_t backward_scratch(int64_t cols) { return cols; }
 // Of a gated activation z, dz and the parameters have `cols` columns, an even number; residual, y
 // and dy have cols / 2, and y is not z.
 struct RowKernels {
-  ForwardKernel forward[kStorages][3];  // [Through]
-  BackwardKernel backward[kStorages][3];
+  ForwardKernel forward[kStorages][kThroughs];
+  BackwardKernel backward[kStorages][kThroughs];
 };
 
 const RowKernels& row_kernels_portable();

@@ -19,6 +19,9 @@ inline void fill_storage(RowKernels& kernels, Storage storage) {
   fill_through<T, kCheapest<T>>(kernels, storage, comparison);
   fill_through<T, stage>(kernels, storage, stage);
   fill_through<T, gate>(kernels, storage, gate);
+  constexpr bool is_double = std::is_same_v<T, double>;
+  fill_through<T, is_double ? stage : gelu>(kernels, storage, gelu);
+  fill_through<T, is_double ? stage : silu>(kernels, storage, silu);
 }
 
 inline RowKernels make_row_kernels() {

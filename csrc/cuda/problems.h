@@ -1,10 +1,10 @@
 // The structures that Python fills in for the launchers.
 //
 // Each describes itself: the library hands out the text of its declaration (errors.cu), of which
-// fused/backends/cuda_library.py makes a structure of its own. So Python knows fields by name alone, in any
-// order. A tensor named there also fills in <name>_storage, its code of ../cpu/codes.h, and
-// <name>_stride, the elements from row to row, where there are such fields. A pointer is null where
-// a tensor is absent.
+// fused/backends/cuda_library.py makes a structure of its own. So Python knows fields by name
+// alone, in any order. A tensor named there also fills in <name>_storage, its code of
+// ../cpu/codes.h, and <name>_stride, the elements from row to row, where there are such fields. A
+// pointer is null where a tensor is absent.
 #pragma once
 
 #include <cstdint>
