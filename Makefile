@@ -50,8 +50,8 @@ lint: setup ## ruff, mypy on the package as installed, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@# mypy does not see the folder mapping of an editable install, so it gets the files as installed.
-	rm -rf .cache/mypy-site && mkdir -p .cache/mypy-site/fused/kernels
-	cp -p fused/*.py fused/py.typed .cache/mypy-site/fused && cp -p kernels/*.py .cache/mypy-site/fused/kernels
+	rm -rf .cache/mypy-site && mkdir -p .cache/mypy-site
+	cp -pR fused .cache/mypy-site && cp -pR kernels .cache/mypy-site/fused
 	cd .cache/mypy-site && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p fused
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
