@@ -19,7 +19,7 @@ constexpr bool is_gated(int64_t activation) {
 enum class Storage : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 constexpr int kStorages = 4;
 
-// Which sums the backward operators make (fused/backends/ops.py).
+// Which sums the backward operators make (fused/spec.py).
 constexpr int64_t kWantNormWeight = 1, kWantNormBias = 2, kWantBias = 4;
 
 }  // namespace fused
