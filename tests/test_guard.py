@@ -377,6 +377,16 @@ def test_other_parameters_at_the_same_address() -> None:
         net(x)
 
 
+def test_statistics_that_are_taken_away() -> None:
+    """Without them evaluation takes those of the batch, and one row has none."""
+    chain = fused.Sequential(nn.BatchNorm1d(8), nn.ReLU()).eval()
+    x = torch.randn(1, 8)
+    chain(x)
+    chain[0].running_mean = chain[0].running_var = None
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        chain(x)
+
+
 def test_the_plan_before_the_first_call() -> None:
     def plan(*modules: nn.Module) -> str:
         return str(fused.Sequential(*modules).plan())

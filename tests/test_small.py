@@ -146,3 +146,45 @@ def test_channels_give_what_the_kernels_give(
     take_small_path(monkeypatch)
     for found, right in zip(run(ours), expected, strict=True):
         torch.testing.assert_close(found, right, rtol=2e-5, atol=2e-5)
+
+
+FUNCTIONS = [
+    pytest.param(shape, norm, learns, id=f"{norm}-{shape}-{learns}")
+    for shape in ((6, 8), (3, 8, 5), (2, 8, 3), (0, 8), (0, 8, 5), (3, 8, 0))
+    for norm in ("batch", "group", "instance")
+    for learns in (False, True)
+    # Group norm learns nothing; instance norm refuses one position.
+    if not (norm == "group" and learns) and (norm, shape) != ("instance", (6, 8))
+]
+
+
+@pytest.mark.parametrize("shape, norm, learns", FUNCTIONS)
+def test_functions_give_what_the_kernels_give(
+    shape: tuple[int, ...], norm: str, learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without elements, and with parameters and running statistics of other dtypes, too."""
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+
+    def run(dtype: torch.dtype, parameter: torch.dtype, running: torch.dtype) -> list:
+        torch.manual_seed(7)
+        x = torch.randn(shape).to(dtype).requires_grad_()
+        weight = torch.rand(8).to(parameter).requires_grad_()
+        options: dict = {"num_groups": 2} if norm == "group" else {}
+        if learns:
+            options["running_mean"] = torch.zeros(8, dtype=running)
+            options["running_var"] = torch.ones(8, dtype=running)
+        y = fused.functional.norm_act(
+            x, norm=norm, norm_weight=weight, activation="relu", **options
+        )
+        gradients = torch.autograd.grad(y.square().sum(), (x, weight))
+        return [y, *gradients, *(options[k] for k in options if k != "num_groups")]
+
+    cases = [(single, single, single), (half, half, single), (half, single, single)]
+    cases += [(single, single, double), (double, double, single)]
+    expected = [run(*case) for case in cases]
+    take_small_path(monkeypatch)
+    for case, right in zip(cases, expected, strict=True):
+        tolerance = 2e-2 if half in case else 2e-5
+        for ours, value in zip(run(*case), right, strict=True):
+            assert ours.dtype == value.dtype
+            torch.testing.assert_close(ours, value, rtol=tolerance, atol=tolerance)

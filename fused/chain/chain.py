@@ -165,9 +165,11 @@ class Chain(Stages):
                 t = own[held].get(name, self)
                 if t is not reference():
                     return None
-                if t is not None and (
-                    t.data_ptr() != address
-                    or (shaped and (t.shape != shape or t.stride() != strides))
+                if t is None:
+                    if address != _ABSENT:  # it was one that nobody holds any more
+                        return None
+                elif t.data_ptr() != address or (
+                    shaped and (t.shape != shape or t.stride() != strides)
                 ):
                     return None
         for read, child, value in passed.values:

@@ -8,7 +8,7 @@ normalised copy. Backward recomputes them in one pass. When the gradient itself 
 differentiated (create_graph=True), it is computed by the differentiable reference instead.
 
 There is no jvp: forward-mode differentiation and torch.func transforms take the reference
-(route.py), which torch differentiates in every mode.
+(rows.py, channels.py), which torch differentiates in every mode.
 """
 
 from __future__ import annotations

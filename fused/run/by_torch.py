@@ -68,9 +68,11 @@ def serves_channel(
 ) -> bool:
     """Whether `normalize`, and then `row` or `activate`, runs an output of so many elements, with
     or without gradient. torch updates the running statistics; the momentum must be a number.
+
+    torch mixes few dtypes, and its norms differ in what they make of no elements.
     """
     if (
-        elements > LIMITS[spec.activation]
+        not 0 < elements <= LIMITS[spec.activation]
         or norm.name is None
         or norm.virtual_batch_size is not None
         or norm.across
@@ -80,6 +82,9 @@ def serves_channel(
         or x.dim() < 2
         or (channel_dim == -1 and x.dim() > 2)
     ):
+        return False
+    held = (norm.weight, norm.bias, norm.mean, norm.variance, norm.running_mean, norm.running_var)
+    if any(t is not None and t.dtype != x.dtype for t in held):
         return False
     if spec.threshold:
         # The mask must be laid as the operator lays it: in memory order.

@@ -66,12 +66,12 @@ def run(
         residual, added = None, residual
     if norm is None and spec.channel_dropout and spec.norm is None and not spec.gated:
         norm = ChannelNorm()  # there is only dropout of channels
-    linear, plain = (weight, bias), composite(x)
-    given = (residual, mask, seed, channel_dim, plain)
+    linear, affine, plain = (weight, bias), (norm_weight, norm_bias), composite(x)
     if norm is None:
-        y = _along_rows(spec, x, linear, (norm_weight, norm_bias), *given, normalized_dims)
+        given = (residual, seed, channel_dim, plain, normalized_dims)
+        y = _along_rows(spec, x, linear, affine, *given)
     else:
-        y = _over_channels(spec, x, linear, norm, *given)
+        y = _over_channels(spec, x, linear, norm, residual, mask, seed, channel_dim, plain)
         count_batch(norm)
     if added is not None:
         y = added + y
@@ -87,7 +87,6 @@ def _along_rows(
     linear: Parameters,
     affine: Parameters,
     residual: Tensor | None,
-    mask: Tensor | None,
     seed: Tensor | None,
     channel_dim: int,
     plain: bool,
@@ -95,15 +94,15 @@ def _along_rows(
 ) -> Tensor:
     """The chain of a norm along rows, or of none."""
     if spec.channel_dropout and spec.threshold:
-        rest = spec._replace(threshold=0), x, linear, affine, None, None, None
+        rest = spec._replace(threshold=0), x, linear, affine, None, None
         y = _along_rows(*rest, channel_dim, plain, normalized_dims)
-        return _drop_channels(spec, y, channel_dim, residual, mask, seed, plain)
+        return _drop_channels(spec, y, channel_dim, residual, seed, plain)
     if normalized_dims == 1:
         return row(spec, x, *linear, *affine, residual, seed, plain)
     weight, bias = linear
     z = x if weight is None else F.linear(x, weight, bias)
     if spec.gated:
-        norm = Spec(spec.norm, spec.eps), z, (None, None), affine, None, None, None
+        norm = Spec(spec.norm, spec.eps), z, (None, None), affine, None, None
         z = _along_rows(*norm, channel_dim, plain, normalized_dims)
         return row(spec.without_norm, z, residual=residual, seed=seed, plain=plain)
     split = z.dim() - normalized_dims
@@ -135,7 +134,7 @@ def _over_channels(
     if not (spec.channel_dropout and spec.threshold):
         return gate(spec, h, channel_dim, residual, seed)
     y = gate(spec._replace(threshold=0), h, channel_dim)
-    return _drop_channels(spec, y, channel_dim, residual, mask, seed, plain)
+    return _drop_channels(spec, y, channel_dim, residual, seed, plain)
 
 
 def _drop_channels(
@@ -143,14 +142,13 @@ def _drop_channels(
     y: Tensor,
     channel_dim: int,
     residual: Tensor | None,
-    mask: Tensor | None,
     seed: Tensor | None,
     plain: bool,
 ) -> Tensor:
     """Dropout of channels as an operation of its own, and what is added after it."""
     spec = Spec(threshold=spec.threshold, channel_dropout=True)
     eager = not plain and not is_compiling()
-    given = (channel_dim, ChannelNorm(), None, None, residual, mask, seed)
+    given = (channel_dim, ChannelNorm(), None, None, residual, None, seed)
     return channel(spec, y, *given, plain=plain, eager=eager, fresh=True)
 
 
