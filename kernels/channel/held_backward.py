@@ -1,4 +1,4 @@
-"""Backward of `channel_held`: dy and z are read once, dz is written once."""
+"""Backward of held.py: dy and z are read once, dz is written once."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Backward of `channel_loop`: sums of a group, then dz, which finds dy and z in L2."""
+"""Backward of loop.py: sums of a group, then dz, which finds dy and z in L2."""
 
 import triton
 import triton.language as tl
