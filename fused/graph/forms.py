@@ -185,11 +185,12 @@ def _plain_numbers(stage: Stage, *names: str) -> str:
     """Why the stage's scalars are no constants; ints become floats."""
     for name in names:
         number = stage.numbers[name]
-        if (
-            isinstance(number, bool)
-            or not isinstance(number, int | float)
-            or not math.isfinite(number)
-        ):
+        symbol = number.meta.get("example_value") if isinstance(number, fx.Node) else None
+        if isinstance(symbol, torch.SymFloat):
+            # A module's float, which dynamic=True leaves open: float() closes it, with a guard.
+            number = float(symbol)
+        plain = isinstance(number, int | float) and not isinstance(number, bool)
+        if not plain or not math.isfinite(number):
             return f"its {name} is not a plain number: {number!r}"
         stage.numbers[name] = float(number)
     return ""
