@@ -14,7 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import fx
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -102,7 +101,7 @@ def _after(before: Any) -> Pass:
     return Pass(tuple(before) if isinstance(before, list | tuple) else (before,))
 
 
-class inductor:  # noqa: N801  called as a function, or entered as a context
+class inductor:
     """Puts the pass into Inductor, for torch.compile calls that somebody else makes.
 
     From the call on, and in a `with` block until its end, whatever is compiled by Inductor runs

@@ -68,6 +68,15 @@ def value(node: object) -> Any:
     return found if isinstance(found, Tensor) else None
 
 
+def place(node: fx.Node) -> str:
+    """Where in the source a call is: the innermost line of its model, as file:line."""
+    lines = [line for line in (node.stack_trace or "").splitlines() if "File " in line]
+    if not lines:
+        return "unknown place"
+    file, _, rest = lines[-1].partition('", line ')
+    return file.partition('"')[2] + ":" + rest.partition(",")[0]
+
+
 def arguments(node: fx.Node, names: Iterable[str], defaults: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, however they were passed."""
     return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -11,7 +12,11 @@ from ..chain.grammar import DROPOUT
 from . import policy
 from .call import arguments_of, fused_chain
 from .chains import Found, find
-from .forms import same, stage_of, value
+from .forms import place, same, stage_of, value
+from .written import is_cast
+
+# Says of each chain, at level INFO, whether it became one operation, and why not.
+LOG = logging.getLogger("fused.graph")
 
 
 def rewrite(graph: fx.Graph, rest: str) -> list[Found]:
@@ -29,10 +34,11 @@ def rewrite(graph: fx.Graph, rest: str) -> list[Found]:
     # The last node of each replaced chain → what stands for it now.
     replaced: dict[fx.Node, fx.Node] = {}
     for chain in find(graph)[0]:
-        if chain.reason or policy.reason(chain, rest):
-            continue
-        arguments = arguments_of(chain)
-        if not _gives_the_same(chain, arguments):
+        reason = chain.reason or policy.reason(chain, rest)
+        arguments = () if reason else arguments_of(chain)
+        reason = reason or difference(chain, arguments)
+        LOG.info("%s: %s (%s)", chain.describe(), reason or "one operation", place(chain.last))
+        if reason:
             continue
         given = tuple(replaced.get(a, a) if isinstance(a, fx.Node) else a for a in arguments)
         with graph.inserting_after(chain.last):
@@ -40,9 +46,7 @@ def rewrite(graph: fx.Graph, rest: str) -> list[Found]:
         call.meta = dict(chain.last.meta)
         chain.last.replace_all_uses_with(call)
         replaced[chain.last] = call
-        for node in reversed(sorted(chain.nodes, key=[*graph.nodes].index)):
-            if not node.users:
-                graph.erase_node(node)
+        _erase(graph, chain.nodes)
         done.append(chain)
     return done
 
@@ -58,15 +62,35 @@ def remove_identities(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _gives_the_same(chain: Found, arguments: tuple[Any, ...]) -> bool:
-    """Whether the call's result has the shape, dtype and strides that the chain's has."""
+def _erase(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Removes a chain's nodes, and the casts that only they read."""
+    waiting = [*nodes]
+    while waiting:
+        node = waiting.pop()
+        if node.users or node._erased:
+            continue
+        waiting += [n for n in node.all_input_nodes if n in nodes or is_cast(n)]
+        graph.erase_node(node)
+
+
+def difference(chain: Found, arguments: tuple[Any, ...]) -> str:
+    """In what the call's result would not be like the chain's; empty where it would."""
     tensors = [value(a) if isinstance(a, fx.Node) else a for a in arguments]
     if arguments[-3] is not None:
         tensors[5:7] = None, None  # nothing is to be learned here
     mode = getattr(tensors[0], "fake_mode", None)
     if mode is None:
-        return False
+        return "the compiler does not know its input"
     with mode, torch.no_grad():
-        y = fused_chain(*tensors)
+        new = fused_chain(*tensors)
     old = value(chain.last)
-    return y.dtype == old.dtype and same(y.shape, old.shape) and same(y.stride(), old.stride())
+    if new.dtype != old.dtype or not same(new.shape, old.shape):
+        return f"the result would be {new.dtype} {tuple(new.shape)}"
+    # The stride of a dimension of one element means nothing.
+    strides = [
+        (a, b)
+        for a, b, size in zip(new.stride(), old.stride(), old.shape, strict=True)
+        if not (isinstance(size, int) and size == 1)
+    ]
+    alike = same((a for a, _ in strides), (b for _, b in strides))
+    return "" if alike else "the result would be laid out in another way"

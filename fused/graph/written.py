@@ -34,6 +34,11 @@ def _is(node: Any, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.op.startswith("call_") and node.target in targets
 
 
+def is_cast(node: fx.Node) -> bool:
+    """Whether a call changes the dtype alone."""
+    return _is(node, *_CASTS)
+
+
 def _operands(node: Any, *targets: Any) -> Iterator[tuple[Any, Any]]:
     """The two operands of a commutative call, in both orders."""
     if _is(node, *targets) and len(node.args) == 2 and not node.kwargs:
@@ -70,7 +75,7 @@ def _square(node: Any) -> Any:
 
 def _cast_of(node: Any) -> Any:
     """The value before casts of its dtype."""
-    while _is(node, *_CASTS) and node.args and value(node) is not None:
+    while is_cast(node) and node.args and value(node) is not None:
         node = node.args[0]
     return node
 
@@ -131,7 +136,7 @@ def _with_weight(x: fx.Node, product: fx.Node, inner: list[fx.Node], eps: float)
         reader = _only_reader(node)
         if reader is None or value(reader) is None:
             break
-        if not _is(reader, *_CASTS) or reader.args[0] is not node:
+        if not is_cast(reader) or reader.args[0] is not node:
             vectors = [b for a, b in _operands(reader, *_MUL) if a is node]
             if weight is not None or not vectors or value(vectors[0]) is None:
                 break
