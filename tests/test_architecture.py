@@ -38,7 +38,7 @@ ROOMS: list[tuple[str, str]] = [
     ("run", "random layout reference moments synchronize recording autograd autocast running"),
     ("run", "checks by_torch rows channels prepare"),
     ("modules", "jagged gated norms"),
-    ("chain", "guard stages chain channel_chain plan sequential block build convert"),
+    ("chain", "guard stages chain channel_chain plan sequential subclass block build convert"),
     ("", "functional nn"),
     ("extras", "progress scaler foldable fold ensemble"),
     ("tools", "selftest doctor clock tune_cases tune_linear tune"),
