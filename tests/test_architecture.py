@@ -41,7 +41,7 @@ ROOMS: list[tuple[str, str]] = [
     ("chain", "guard stages chain channel_chain plan sequential subclass block build convert"),
     ("", "functional nn"),
     ("extras", "progress scaler foldable fold ensemble"),
-    ("tools", "selftest doctor clock tune_cases tune_linear tune"),
+    ("tools", "selftest doctor clock tune_cases tune_linear tune steps comparison compare"),
     ("", "__main__"),
 ]
 ORDER = [f"{room}.{name}".lstrip(".") for room, names in ROOMS for name in names.split()]
