@@ -342,7 +342,7 @@ class Planned(nn.Sequential):
         (New, "New has a __new__ of its own"),
         (WithMeta, "the class of WithMeta is Meta"),
         (Planned, "it has a `plan` of its own"),
-        (torch.ao.nn.intrinsic.LinearReLU, "torch looks for exactly this class"),
+        (torch.ao.nn.intrinsic.LinearReLU, "quantization in torch looks for exactly this class"),
     ],
 )
 def test_what_cannot_be_converted_safely_is_left_alone(kind: Any, why: str) -> None:

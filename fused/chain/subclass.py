@@ -26,8 +26,8 @@ def _class_reason(kind: type) -> str:
     name = kind.__name__
     if kind.forward is not nn.Sequential.forward:  # type: ignore[attr-defined]
         return f"{name} is a subclass of nn.Sequential with a forward of its own"
-    if kind.__module__.startswith("torch."):
-        return f"torch looks for exactly this class, {name}"
+    if kind.__module__.startswith("torch.ao."):
+        return f"quantization in torch looks for exactly this class, {name}"
     if type(kind) not in (type, ABCMeta):
         return f"the class of {name} is {type(kind).__name__}, which may not make another class"
     for method in _OWN:
