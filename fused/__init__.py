@@ -28,11 +28,14 @@ from .nn import (
     SwiGLU,
 )
 from .spec import activations, norms
+from .tools.compare import compare
+from .tools.comparison import Comparison
 
 __all__ = [
     "MLP",
     "BatchNorm",
     "ChannelDropout",
+    "Comparison",
     "Entry",
     "FeatureScaler",
     "FoldReport",
@@ -50,6 +53,7 @@ __all__ = [
     "SwiGLU",
     "__version__",
     "activations",
+    "compare",
     "empty_cache",
     "fold_",
     "functional",
