@@ -30,13 +30,16 @@ from .nn import (
 from .spec import activations, norms
 from .tools.compare import compare
 from .tools.comparison import Comparison
+from .tools.explain import Call, Explanation, explain
 
 __all__ = [
     "MLP",
     "BatchNorm",
+    "Call",
     "ChannelDropout",
     "Comparison",
     "Entry",
+    "Explanation",
     "FeatureScaler",
     "FoldReport",
     "GeGLU",
@@ -55,6 +58,7 @@ __all__ = [
     "activations",
     "compare",
     "empty_cache",
+    "explain",
     "fold_",
     "functional",
     "fuse_",

@@ -1,5 +1,6 @@
 """python -m fused doctor [--json]
 python -m fused fuse MODULE:CALLABLE
+python -m fused explain MODULE:CALLABLE
 python -m fused compare MODULE:CALLABLE [--inference] [--seconds S] [--plot FILE]
 python -m fused tune [rows] [channels] [linear] [--linear N,K,DTYPE,NORM ...] [--out FILE]
 """
@@ -20,6 +21,7 @@ from . import __version__
 from .chain.convert import fuse_
 from .tools import doctor, tune, tune_linear
 from .tools.compare import compare
+from .tools.explain import explain
 
 
 def load(target: str) -> Any:
@@ -88,10 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     told = "the chains of a model that fused.fuse_ would fuse, and why not the others"
     command = commands.add_parser("fuse", help=told, description=told)
     command.add_argument("target", metavar="MODULE:CALLABLE", help="what returns the model")
+    told = "every norm, activation, dropout, residual and gate of a model: its chain, or why none"
+    command = commands.add_parser("explain", help=told, description=told)
+    gives = "what returns (model, inputs); inputs: a tuple, or a dict of keyword arguments"
+    command.add_argument("target", metavar="MODULE:CALLABLE", help=gives)
     told = "the step time of a model in eager torch, fused and compiled, and what to use"
     command = commands.add_parser("compare", help=told, description=told)
-    told = "what returns (model, inputs); inputs: a tuple, or a dict of keyword arguments"
-    command.add_argument("target", metavar="MODULE:CALLABLE", help=told)
+    command.add_argument("target", metavar="MODULE:CALLABLE", help=gives)
     command.add_argument("--inference", action="store_true", help="measure no training")
     told = "how long to measure, without compilation (default: 20)"
     command.add_argument("--seconds", type=float, default=20.0, help=told)
@@ -133,6 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"python -m fused {given.command}: {error}", file=sys.stderr)
         return 2
+    if given.command == "explain":
+        print(explain(model, *inputs, kwargs=keywords))
+        return 0
     result = compare(
         model, *inputs, train=not given.inference, kwargs=keywords, seconds=given.seconds
     )

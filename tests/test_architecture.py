@@ -43,7 +43,7 @@ ROOMS: list[tuple[str, str]] = [
     ("graph", "forms memory written chains call policy rewrite doors"),
     ("", "functional nn"),
     ("extras", "progress scaler foldable fold ensemble"),
-    ("tools", "selftest doctor clock tune_cases tune_linear tune steps comparison compare"),
+    ("tools", "selftest doctor clock tune_cases tune_linear tune steps comparison compare explain"),
     ("", "__main__"),
 ]
 ORDER = [f"{room}.{name}".lstrip(".") for room, names in ROOMS for name in names.split()]
