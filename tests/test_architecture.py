@@ -36,7 +36,7 @@ ROOMS: list[tuple[str, str]] = [
     ("backends", "location launchers schemas extension ops cuda_library cuda_row cuda_channel"),
     ("backends", "cuda_channel_backward first_kernel backend gemm"),
     ("run", "random layout reference moments synchronize recording autograd autocast running"),
-    ("run", "checks by_torch rows channels prepare"),
+    ("run", "checks by_torch rows channels prepare add_norm"),
     ("modules", "jagged gated norms"),
     ("chain", "grammar guard stages chain channel_chain plan sequential subclass block build"),
     ("chain", "convert"),
