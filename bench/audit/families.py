@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from . import channel_family, gated_family, gemm_family, row_family
+from . import add_norm_family, channel_family, gated_family, gemm_family, row_family
 from .family import Family
 
 FAMILIES: list[Family] = [
     row_family.FORWARD,
     row_family.BACKWARD,
+    add_norm_family.FORWARD,
+    add_norm_family.BACKWARD,
     channel_family.FORWARD,
     channel_family.BACKWARD,
     gemm_family.FORWARD,

@@ -48,6 +48,8 @@ PLACES = {
     "row_forward": Place("row.forward", "row_forward"),
     "row_forward_": Place("row.forward", "row_forward", in_place=True),
     "row_backward": Place("row.backward", "row_backward"),
+    "add_norm_forward": Place("row.add_norm", "add_norm_forward"),
+    "add_norm_backward": Place("row.add_norm", "add_norm_backward"),
     "channel_apply_": Place("channel.forward", "channel_apply", in_place=True),
     **{
         f"channel_{name}": Place(f"channel.{module}", f"channel_{name}")

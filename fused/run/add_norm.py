@@ -8,6 +8,8 @@ anyway, the statistics and the seed.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import ops
+from ..backends.backend import as_asked, asked, choose
 from ..spec import NORM_CODES, WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT, Spec
 from . import by_torch, reference
 from .autocast import autocast_dtype, cast_by_autocast, float32_under_autocast
@@ -45,7 +48,7 @@ class AddNormFunction(torch.autograd.Function):
         given = residual, norm_weight, norm_bias, seed
         y, h, statistics = ops.add_norm_forward(z, *given, *ctx.scalars)
         ctx.save_for_backward(h, norm_weight, norm_bias, statistics, seed)
-        ctx.spec = spec
+        ctx.spec, ctx.asked = spec, asked() if z.is_cuda else None
         ctx.set_materialize_grads(False)
         return y, h
 
@@ -60,8 +63,11 @@ class AddNormFunction(torch.autograd.Function):
         else:
             wanted = WANT_BIAS * needs[1] | WANT_NORM_WEIGHT * needs[3] | WANT_NORM_BIAS * needs[4]
             dh = None if dh is None else contiguous_rows(dh)
+            backward: Callable[..., Any] = ops.add_norm_backward
+            if ctx.asked is not None:
+                backward = partial(as_asked, ctx.asked, backward)
             parameters = norm_weight, norm_bias, statistics, seed, wanted
-            dz, dresidual, dweight, dshift, dbias = ops.add_norm_backward(
+            dz, dresidual, dweight, dshift, dbias = backward(
                 contiguous_rows(dy), dh, h, *parameters, *ctx.scalars
             )
             found = (dz if spec.threshold else dresidual), dbias, dresidual, dweight, dshift
@@ -124,9 +130,9 @@ def add_norm(
         residual.dtype != (cast or x.dtype)
         or composite(x)
         or float32_under_autocast(device, residual.dtype, spec.norm)
-        or device != "cpu"
+        or (device == "cuda" and choose(device, x.dtype, x.get_device()) != "triton")
     ):
-        # Two operations, whose own results say what dtypes they have. On GPUs so far always.
+        # Two operations, whose own results say what dtypes they have. CUDA C++ has no other.
         add, norm = Spec(threshold=spec.threshold), Spec(spec.norm, spec.eps)
         h = run(add, x, weight, bias, residual=residual, seed=seed)
         return run(norm, h, norm_weight=norm_weight, norm_bias=norm_bias), h

@@ -29,7 +29,7 @@ from ...spec import (
 )
 from ..parts.column_sum import sum_columns
 from ..parts.norm import centre, load_statistics, row_gradient, row_gradient_means
-from ..parts.output import Drop, form_of, output_gradient
+from ..parts.output import Drop, drop, form_of, output_gradient
 from ..parts.tile import Place, load_columns, load_place, row_offset
 from ..tuning import rules as tuning
 from .gated import half_of, is_wide
@@ -61,6 +61,7 @@ def _row_bwd_kernel(
     stride_zm,
     scalars,
     threshold,
+    total,
     FORM: tl.constexpr,
     WANTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -72,7 +73,10 @@ def _row_bwd_kernel(
     A program keeps to one block of columns. The planes are norm_weight, norm_bias, bias.
     With STAGES = 2 the next rows are on their way while these are computed, and the parameters stay
     in registers; with 1 there is no room for either, and the parameters come from L1 every time.
+    total: of add & norm, whose sum is z here (add_norm.py): a gradient of it from elsewhere, and
+    where the gradient of what was dropped goes, with contiguous rows; None where there is none.
     """
+    total_ptr, dropped_ptr = total
     NORM: tl.constexpr = FORM.NORM
     bias_ptr, norm_weight_ptr, norm_bias_ptr = parameters
     ALIGN: tl.constexpr = FORM.ALIGN
@@ -133,7 +137,9 @@ def _row_bwd_kernel(
                 h *= norm_weight
             if norm_bias_ptr is not None:
                 h += norm_bias
-        g = output_gradient(g, h, None, Drop(seed, row, col0, cols, threshold), scalars, FORM)
+        part = Drop(seed, row, col0, cols, threshold)
+        if dropped_ptr is None:
+            g = output_gradient(g, h, None, part, scalars, FORM)
         if WANTED.norm_bias:
             dnorm_bias += g
         if NORM is not None:
@@ -147,9 +153,19 @@ def _row_bwd_kernel(
             else:
                 mean_g, mean_gx = row_gradient_means(g, xhat, cols, NORM)
             g = row_gradient(g, xhat, rstd, mean_g, mean_gx, NORM)
-        if WANTED.bias:
-            dbias += g
-        tl.store(dz_ptr + row_offset(row, cols, ALIGN) + column[None, :], g, mask=mask)
+        out_offset = row_offset(row, cols, ALIGN) + column[None, :]
+        if total_ptr is not None:
+            g += tl.load(total_ptr + out_offset, mask=mask, other=0.0).to(tl.float32)
+        if dropped_ptr is None:
+            if WANTED.bias:
+                dbias += g
+            tl.store(dz_ptr + out_offset, g, mask=mask)
+        else:
+            tl.store(dz_ptr + out_offset, g, mask=mask)
+            g = drop(g, part, FORM)
+            if WANTED.bias:
+                dbias += g
+            tl.store(dropped_ptr + out_offset, g, mask=mask)
 
     if partial_ptr is not None:
         plane = tl.cast(row_programs, tl.int64) * cols
@@ -179,6 +195,9 @@ def row_backward(
     alpha: float,
     beta: float,
     threshold: int,
+    *,
+    total: Tensor | None = None,
+    dropped: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `row_forward`, given the gradient dy of its result.
 
@@ -190,6 +209,9 @@ def row_backward(
             without a bias too: z then contains it.
         seed, norm, activation, alpha, beta, threshold: as in the forward. With a gated activation
             dy is (rows, cols), and what else has columns has 2 cols (gated_backward.py).
+        total, dropped: of add & norm (add_norm.py), where z is the sum and dz its gradient; both
+            contiguous: what is added to dz, and where its dropped part goes, of which WANT_BIAS
+            then means the sum.
 
     Returns:
         dz (rows, cols) in z's dtype; dnorm_weight and dnorm_bias, (cols,) in the dtypes of their
@@ -226,7 +248,7 @@ def row_backward(
     made = [g for g in gradients if g.numel()]
     itemsize, device = z.element_size(), tuning.device(z)
     align = tuning.alignment(cols, itemsize, dy.stride(0), z.stride(0))
-    wide = is_wide(align, dy, z)
+    wide = is_wide(align, dy, z, total)
     options: dict[str, int] = {}
     if gated:
         kernel, tile, stages, options = backward_kernel(
@@ -242,13 +264,17 @@ def row_backward(
     seed = seed if threshold else None
     scalars = (rows, cols, dy.stride(0), z.stride(0), (eps, alpha, beta), threshold)
     form = form_of(z, device, name, activation_name, threshold, align)
+    if dropped is not None:
+        sums_form, sums_seed = form._replace(DROPOUT=None), None
+    else:
+        sums_form, sums_seed = form, seed
     with tuning.device_of(z):
         sums = None
         if name and col_blocks > 1:
             means: tuple[Any, tuning.Tile, dict[str, int]]
             means = (_row_sums_kernel, tuning.row_sums_tile(device), {})
             means = sums_kernel(device) if gated else means
-            sums = row_sums(inputs, seed, scalars, form, *means)
+            sums = row_sums(inputs, sums_seed, scalars, sums_form, *means)
         programs = tuning.programs(triton.cdiv(rows, tile.block_m), col_blocks, tile, device)
         partial = None
         if made:
@@ -260,6 +286,7 @@ def row_backward(
             dz,
             partial,
             *scalars,
+            *(() if gated else ((total, dropped),)),
             FORM=form,
             WANTED=Wanted(*(owner is not None for owner in owners)),
             BLOCK_M=tile.block_m,

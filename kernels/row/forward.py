@@ -34,6 +34,7 @@ def _row_fwd_kernel(
     residual_ptr,
     y_ptr,
     statistics_ptr,
+    total_ptr,
     seed_ptr,
     rows,
     cols,
@@ -54,7 +55,7 @@ def _row_fwd_kernel(
     write_rows(
         *(z_ptr, parameters, residual_ptr, y_ptr, statistics_ptr, seed_ptr),
         *(row, (pid % col_blocks) * BLOCK_N, rows, cols, stride_zm, stride_rm, stride_ym),
-        *(scalars, threshold, FORM, BLOCK_N),
+        *(scalars, threshold, FORM, BLOCK_N, total_ptr),
     )
 
 
@@ -123,6 +124,7 @@ def row_forward(
     threshold: int,
     *,
     out: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y = residual + dropout(activation(norm(z + bias))).
 
@@ -132,6 +134,7 @@ def row_forward(
         seed: int64 (1,); may be None where threshold is 0.
         norm, eps, activation, alpha, beta, threshold: as `spec.Spec.row`.
         out: where y goes, laid out as z may be; it may be z itself. None: a new tensor.
+        total: where the sum goes of add & norm (add_norm.py), for rows that one tile holds.
 
     A gated activation takes z (rows, 2 cols) and (2 cols,) of each parameter (gated.py).
 
@@ -181,6 +184,7 @@ def row_forward(
             residual,
             y,
             statistics if name else None,
+            *((total,) if kernel is _row_fwd_kernel else ()),
             seed if threshold else None,
             rows,
             cols,
