@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -104,7 +105,7 @@ class ConvNeXtBlock(nn.Module):
             nn.Linear(4 * channels, channels),
             Permute(0, 3, 1, 2),
         )
-        self.layer_scale = nn.Parameter(nn.init.normal_(nn.Conv2d(1, channels, 1).weight[:, 0]))
+        self.layer_scale = nn.Parameter(torch.rand(channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer_scale * self.block(x) + x

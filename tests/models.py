@@ -129,5 +129,5 @@ MODELS: dict[str, Callable[[float], Any]] = {
     "mixer": _zoo("mixer", channels=32, blocks=2, **_IMAGES),
     "mobilenet": mobilenet,
 }
-# Those whose dropout, if they have any, is none of a chain's.
+# Those that have none, or whose builder ignores it.
 WITHOUT_DROPOUT = ("llama", "hf convnext", "sb3 policy", "sb3 create_mlp", "resnet", "convnext")
