@@ -45,14 +45,13 @@ def gpt2(p: float) -> Any:
 
 
 def t5(p: float) -> Any:
-    from transformers import T5Config, T5Model
+    from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
         vocab_size=97, d_model=64, d_ff=128, d_kv=16, num_layers=1, num_heads=4, dropout_rate=p,
         use_cache=False,
     )  # fmt: skip
-    ids = {"input_ids": torch.randint(97, (3, 17)), "decoder_input_ids": torch.randint(97, (3, 9))}
-    return _model(T5Model(config), **ids, use_cache=False)
+    return _model(T5EncoderModel(config), input_ids=torch.randint(97, (3, 17)))
 
 
 def hf_convnext(_: float) -> Any:
@@ -131,3 +130,11 @@ MODELS: dict[str, Callable[[float], Any]] = {
 }
 # Those that have none, or whose builder ignores it.
 WITHOUT_DROPOUT = ("llama", "hf convnext", "sb3 policy", "sb3 create_mlp", "resnet", "convnext")
+# How many chains the pass takes of each in training, at least.
+CHAINS = {
+    **{"mlp layer": 3, "mlp batch": 3, "bert": 5, "vit": 4, "llama": 1, "gpt2": 2, "t5": 5},
+    **{"hf convnext": 2, "x_transformers encoder": 1, "x_transformers decoder": 1, "pyg mlp": 2},
+    **{"graph sage": 2, "sb3 policy": 4, "sb3 create_mlp": 2, "tabm": 3, "unet": 6},
+    **{"transformer": 4, "transformer, norm first": 2, "resnet": 5, "convnext": 2, "mixer": 6},
+    **{"mobilenet": 5},
+}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
-from models import MODELS, WITHOUT_DROPOUT, P
+from models import CHAINS, MODELS, WITHOUT_DROPOUT, P
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+
+from fused.graph import doors
 
 pytestmark = [
     pytest.mark.usefixtures("bench_harness", "one_thread"),
@@ -20,28 +21,43 @@ pytestmark = [
 # Of each tensor's largest element; gradients that cancel have a share of the largest one's.
 TOLERANCES = {"float64": 1e-9, "float32": 2e-4}
 CANCELLED = 1e-3
-# Those that are quick to trace, of which `make test` has more than one case.
-QUICK = ("mlp layer", "mlp batch", "sb3 create_mlp", "tabm", "resnet", "convnext", "mobilenet")
-PASS = find_spec("fused.graph") is not None
+# A probability that is not zero, so that dropout stays in the graph, and drops nothing.
+NEVER = 1e-12
+# Those that `make test` also calls in evaluation.
+QUICK = ("mlp batch", "sb3 create_mlp", "resnet", "convnext")
+MODES = {True: "training", False: "evaluation"}
 
 
 def cases(ordinary: Callable[[str, str, bool], bool]) -> list[Any]:
     """Model, dtype and training or evaluation; all but the ordinary ones are `full`."""
-    found = []
-    for name in MODELS:
-        for dtype in TOLERANCES:
-            for training in (True, False):
-                marks = [] if ordinary(name, dtype, training) else [pytest.mark.full]
-                mode = "training" if training else "evaluation"
-                own = f"{name}-{dtype}-{mode}"
-                found.append(pytest.param(name, (dtype, training), marks=marks, id=own))
+    return [
+        pytest.param(
+            name, (dtype, training), id=f"{name}-{dtype}-{mode}",
+            marks=[] if ordinary(name, dtype, training) else [pytest.mark.full],
+        )
+        for name in MODELS for dtype in TOLERANCES for training, mode in MODES.items()
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The chains that the pass takes."""
+    found: list[Any] = []
+    real = doors.rewrite
+
+    def rewrite(*given: Any) -> list[Any]:
+        chains = real(*given)
+        found.extend(chains)
+        return chains
+
+    monkeypatch.setattr(doors, "rewrite", rewrite)
     return found
 
 
 def compiled(module: nn.Module, backend: str) -> Callable[..., Any]:
     torch.compiler.reset()
     counters.clear()
-    return torch.compile(module, backend=backend if PASS else "eager", fullgraph=True)
+    return torch.compile(module, backend=backend, fullgraph=True)
 
 
 def step(model: Any, module: nn.Module, call: Callable[..., Any]) -> dict[str, Tensor]:
@@ -73,30 +89,37 @@ def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: flo
         )
 
 
-def compare(name: str, backend: str, dtype: str, training: bool) -> None:
-    model = MODELS[name](0.0).to(getattr(torch, dtype))
+def compare(name: str, backend: str, dtype: str, training: bool, taken: list[Any]) -> None:
+    model = MODELS[name](NEVER).to(getattr(torch, dtype))
     ours = model.module.train(training)
     theirs = copy.deepcopy(ours)
     call = compiled(ours, backend)
     assert_equal(step(model, ours, call), step(model, theirs, theirs), TOLERANCES[dtype])
+    if training:
+        assert len(taken) >= CHAINS[name], [chain.describe() for chain in taken]
     step(model, ours, call)
     assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "case"), cases(lambda name, dtype, training: (dtype, training) == ("float64", True)
-                            or (name in QUICK and (dtype, training) == ("float32", False)))
+    ("name", "case"),
+    cases(lambda *case: case[1:] == ("float64", True)
+          or (case[0] in QUICK and case[1:] == ("float32", False))),
 )  # fmt: skip
-def test_gives_what_the_model_gives(name: str, case: tuple[str, bool]) -> None:
-    compare(name, "fused_eager", *case)
+def test_gives_what_the_model_gives(name: str, case: tuple[str, bool], taken: list[Any]) -> None:
+    compare(name, "fused_eager", *case, taken)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "case"), cases(lambda *case: case == ("mlp layer", "float32", True))
 )
-def test_gives_what_the_model_gives_before_inductor(name: str, case: tuple[str, bool]) -> None:
-    compare(name, "fused", *case)
+def test_gives_what_the_model_gives_before_inductor(
+    name: str, case: tuple[str, bool], taken: list[Any]
+) -> None:
+    # A graph from autograd's cache has been through the pass before.
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        compare(name, "fused", *case, taken)
 
 
 @pytest.mark.parametrize(
