@@ -21,6 +21,8 @@ pytestmark = [
 # Of each tensor's largest element; gradients that cancel have a share of the largest one's.
 TOLERANCES = {"float64": 1e-9, "float32": 2e-4}
 CANCELLED = 1e-3
+# These take RMSNorm's statistics in float32 in every dtype.
+ROUNDED, ROUNDED_TOLERANCE = ("t5", "llama"), 2e-6
 # A probability that is not zero, so that dropout stays in the graph, and drops nothing.
 NEVER = 1e-12
 # Those that `make test` also calls in evaluation.
@@ -94,7 +96,8 @@ def compare(name: str, backend: str, dtype: str, training: bool, taken: list[Any
     ours = model.module.train(training)
     theirs = copy.deepcopy(ours)
     call = compiled(ours, backend)
-    assert_equal(step(model, ours, call), step(model, theirs, theirs), TOLERANCES[dtype])
+    tolerance = max(TOLERANCES[dtype], ROUNDED_TOLERANCE if name in ROUNDED else 0.0)
+    assert_equal(step(model, ours, call), step(model, theirs, theirs), tolerance)
     if training:
         assert len(taken) >= CHAINS[name], [chain.describe() for chain in taken]
     step(model, ours, call)
