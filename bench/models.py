@@ -11,6 +11,7 @@ without dropout is compared with what eager torch gives before it is timed.
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -195,10 +196,15 @@ def measure_model(
     return rows
 
 
-def cases(name: str) -> list[tuple[float, bool]]:
+def cases(name: str, only: str | None) -> list[tuple[float, bool]]:
     """Dropout and training: with its own, without, and at inference."""
     own = MODELS[name][1]
-    return [(p, True) for p in dict.fromkeys((own, 0.0))] + [(0.0, False)]
+    found = [(p, True) for p in dict.fromkeys((own, 0.0))] + [(0.0, False)]
+    return [case for case in found if not only or re.search(only, title(name, *case))]
+
+
+def title(name: str, p: float, training: bool) -> str:
+    return f"{name} training p={p:g}" if training else f"{name} inference"
 
 
 def describe(rows: Sequence[ModelRow]) -> str:
@@ -206,8 +212,9 @@ def describe(rows: Sequence[ModelRow]) -> str:
     parts = []
     for r in rows:
         result = f"REFUSED {r.refused}" if r.refused else f"{r.median_ms:.1f} ms"
-        parts.append(f"{r.provider} {result} (first {r.first_s} s)")
-    return f"{rows[0].model} {rows[0].mode} p={rows[0].dropout:g}: {', '.join(parts)}"
+        parts.append(f"{r.provider} {result} (first {r.first_s or '–'} s)")
+    own = title(rows[0].model, rows[0].dropout, rows[0].mode == "training")
+    return f"{own}: {', '.join(parts)}"
 
 
 def run_models(given: argparse.Namespace) -> bool:
@@ -219,7 +226,7 @@ def run_models(given: argparse.Namespace) -> bool:
         warm_up_compiler()
         machine = this_machine(given.device)
         for name in given.models:
-            for p, training in cases(name):
+            for p, training in cases(name, given.only):
                 if time.monotonic() - started > given.max_seconds:
                     print(f"models: stopped by its time limit before {name}", flush=True)
                     return fine
