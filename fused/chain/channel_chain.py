@@ -21,7 +21,6 @@ from . import guard
 from .chain import Chain
 from .guard import CHANNEL_DROPOUTS
 
-_HALF = (torch.bfloat16, torch.float16)
 # The numbers of dimensions that a norm takes, the batch included; None: two or more.
 _DIMENSIONS: dict[type, tuple[int, ...]] = {
     nn.BatchNorm1d: (2, 3),
@@ -73,7 +72,7 @@ class ChannelChain(Chain):
         Inductor (torch 2.13) cannot order the symbolic strides of a view that a convolution saves
         for its backward; our result would be one.
         """
-        if not is_compiling() or x.dim() < 4 or not torch.is_grad_enabled():
+        if not is_compiling(x) or x.dim() < 4 or not torch.is_grad_enabled():
             return ""
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
@@ -100,14 +99,7 @@ class ChannelChain(Chain):
                 return reason
         if norm.eps <= 0:
             return f"its eps is {norm.eps}"
-        # torch takes float32 parameters, all of them, with a 16-bit input; on GPUs not group norm.
-        if dtypes <= {dtype}:
-            return ""
-        mixed = device.type == "cpu" or self.norm_name != "group"
-        if mixed and dtype in _HALF and dtypes == {torch.float32}:
-            return ""
-        own = " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
-        return f"it has {own}, its input {str(dtype).removeprefix('torch.')}"
+        return guard.dtypes_reason(dtypes, device, dtype, self.norm_name)
 
     def _buffers_reason(self, device: torch.device, channels: int, dtypes: set[torch.dtype]) -> str:
         """Why the running statistics cannot be read or written; adds their dtypes."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .chain import Chain
-from .guard import KIND_OF, LINEAR, NORM
+from .grammar import LINEAR, NORM
+from .guard import KIND_OF
 from .plan import Entry, make_entry, make_steps, printable
 from .sequential import Sequential
 

@@ -18,8 +18,8 @@ from ..modules.gated import GATED_MODULES, GeGLU
 from ..modules.norms import NORM_CLASSES, ChannelDropout
 from ..run.recording import is_plain
 from ..spec import ACTIVATIONS, NORMS, ROW_NORMS, is_nan, known_parameters
+from .grammar import ACTIVATION, DROPOUT, LINEAR, NORM
 
-LINEAR, NORM, ACTIVATION, DROPOUT = range(4)
 _NO_PARAMETERS: tuple[tuple[str, float], ...] = ()
 # Of the modules that have two activations, by their `approximate`.
 _BY_APPROXIMATE: dict[type, dict[str, str]] = {
@@ -202,8 +202,17 @@ def norm_reason(norm: nn.LayerNorm | nn.RMSNorm, device: torch.device, dtype: to
             dtypes.add(t.dtype)
             if tuple(t.shape) != norm.normalized_shape:
                 return f"its {name} is {tuple(t.shape)}, it normalises {norm.normalized_shape}"
-    # On CPUs torch takes float32 parameters, all of them, with a 16-bit input.
-    if dtypes <= {dtype} or (device.type == "cpu" and dtype in _HALF and dtypes == {torch.float32}):
+    return dtypes_reason(dtypes, device, dtype, NORM_OF[type(norm)])
+
+
+def dtypes_reason(
+    dtypes: set[torch.dtype], device: torch.device, dtype: torch.dtype, norm: str | None
+) -> str:
+    """Why a norm's parameters and statistics of these dtypes do not go with an input of `dtype`."""
+    # torch takes float32 ones, all of them, with a 16-bit input: on CPUs and, of batch and instance
+    # norm, on GPUs.
+    mixed = device.type == "cpu" or norm in ("batch", "instance")
+    if dtypes <= {dtype} or (mixed and dtype in _HALF and dtypes == {torch.float32}):
         return ""
     own = " and ".join(sorted(_short(d) for d in dtypes))
     return f"it has {own}, its input {_short(dtype)}"

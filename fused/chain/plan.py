@@ -16,9 +16,8 @@ from torch import nn
 
 from .chain import Chain
 from .channel_chain import ChannelChain, is_channel_chain
+from .grammar import NO_PART, extends, is_chain
 from .guard import KIND_OF
-
-_MINIMUM = 2
 
 
 def printable(text: str) -> str:
@@ -46,13 +45,15 @@ def make_steps(named: Sequence[tuple[str, nn.Module]]) -> list[Chain | Single]:
     steps: list[Chain | Single] = []
     start = 0
     while start < len(named):
-        end, last = start, -1
+        end = start
+        kinds: list[int] = []
         while end < len(named):
-            kind = KIND_OF.get(type(named[end][1]), -1)
-            if kind <= last:
+            kind = KIND_OF.get(type(named[end][1]), NO_PART)
+            if not extends(kinds, kind):
                 break
-            end, last = end + 1, kind
-        if end - start >= _MINIMUM:
+            kinds.append(kind)
+            end += 1
+        if is_chain(kinds):
             names = [name for name, _ in named[start:end]]
             children = [child for _, child in named[start:end]]
             make = ChannelChain if is_channel_chain(children) else Chain

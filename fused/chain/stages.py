@@ -16,7 +16,8 @@ from ..backends import backend
 from ..modules.gated import GATED_MODULES
 from ..run.autocast import autocast_dtype, float32_under_autocast
 from . import guard
-from .guard import ACTIVATION, KIND_OF, NORM, NORM_OF, activation_of
+from .grammar import ACTIVATION, NORM
+from .guard import KIND_OF, NORM_OF, activation_of
 
 
 @dataclass

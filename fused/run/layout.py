@@ -48,7 +48,9 @@ def lay_out(x: Tensor, channel_dim: int, apart: bool = True) -> tuple[Tensor, La
     else:
         samples, channels, *spatial = shape
         positions = math.prod(spatial)
-        moved = rank > 3 and not x.is_contiguous() and _is_channels_last(x)
+        # torch's batch norm keeps the strides of a transposed sequence, its other norms do not.
+        kept = rank > 3 or (rank == 3 and not apart)
+        moved = kept and not x.is_contiguous() and _is_channels_last(x)
         last = moved or positions == 1
         if moved:
             x, shape = x.movedim(1, -1), (samples, *spatial, channels)
@@ -66,7 +68,7 @@ def _is_channels_last(x: Tensor) -> bool:
     """Whether torch's pointwise operators would lay their output channels-last."""
     memory_format = _IMAGE_DIMS.get(x.dim())
     if memory_format is None:
-        return False
+        return x.dim() == 3 and x.mT.is_contiguous()
     if x.is_contiguous(memory_format=memory_format):
         return True
     return torch._prims_common.suggest_memory_format(x) is memory_format

@@ -125,7 +125,7 @@ def _over_channels(
     plain: bool,
 ) -> Tensor:
     """The chain of a norm over samples or positions, or of dropout of channels."""
-    eager = not plain and not is_compiling()
+    eager = not plain and not is_compiling(x)
     given = (channel_dim, norm, *linear)
     if not spec.gated:
         return channel(spec, x, *given, residual, mask, seed, plain=plain, eager=eager)
@@ -147,7 +147,7 @@ def _drop_channels(
 ) -> Tensor:
     """Dropout of channels as an operation of its own, and what is added after it."""
     spec = Spec(threshold=spec.threshold, channel_dropout=True)
-    eager = not plain and not is_compiling()
+    eager = not plain and not is_compiling(y)
     given = (channel_dim, ChannelNorm(), None, None, residual, None, seed)
     return channel(spec, y, *given, plain=plain, eager=eager, fresh=True)
 

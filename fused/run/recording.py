@@ -16,12 +16,16 @@ is_tracing = torch._C._is_tracing
 is_exporting = torch.compiler.is_exporting
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 PLAIN_TENSORS = (torch.nn.Parameter, Tensor)
+_TRACED_TENSORS = ("FakeTensor", "FunctionalTensor")
 _forward_ad = torch.autograd.forward_ad
 
 
-def is_compiling() -> bool:
-    """Whether torch.compile or torch.export records: sizes may be symbols, and nothing is kept."""
-    return is_dynamo_compiling() or is_exporting()
+def is_compiling(x: Tensor) -> bool:
+    """Whether torch.compile or torch.export records: sizes may be symbols, and nothing is kept.
+
+    Dynamo says so itself; behind it, x is what the compiler traces with.
+    """
+    return is_dynamo_compiling() or is_exporting() or type(x) not in PLAIN_TENSORS
 
 
 def recorded_plain() -> bool:
@@ -36,11 +40,9 @@ def recorded_plain() -> bool:
 
 
 def is_plain(t: object) -> bool:
-    """Whether t is a tensor that a kernel can read, or stands for one while torch.export runs."""
+    """Whether t is a tensor that a kernel can read, or stands for one where a compiler traces."""
     kind = type(t)
-    if kind in PLAIN_TENSORS:
-        return True
-    return is_exporting() and kind.__name__ == "FakeTensor"
+    return kind in PLAIN_TENSORS or kind.__name__ in _TRACED_TENSORS
 
 
 def transformed() -> bool:

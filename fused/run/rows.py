@@ -74,7 +74,7 @@ def row(
             y = ops.linear_row_forward(x, weight, bias, *rest, False, *spec.row)[0]
     elif (
         not spec.threshold
-        and not is_compiling()
+        and not is_compiling(x)
         and by_torch.serves_row(spec, x.shape[0] * width, x, gradient, weight is not None)
     ):
         z = x if weight is None else F.linear(x, weight, bias)
@@ -92,7 +92,7 @@ def row(
         rest = (norm_weight, norm_bias, residual, seed)
         if gradient:
             y = RowFunction.apply(z, None, bias, *rest, spec)
-        elif weight is None or spec.activation in GATED_ACTIVATIONS or is_compiling():
+        elif weight is None or spec.activation in GATED_ACTIVATIONS or is_compiling(x):
             y = ops.row_forward(z, None, *rest, *spec.row)[0]
         else:
             y = z

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .recording import is_compiling
+
 
 @dataclass(eq=False, slots=True)
 class ChannelNorm:
@@ -66,6 +68,9 @@ def update_running(
     """
     running_mean, running_var = norm.running_mean, norm.running_var
     assert running_mean is not None and running_var is not None
+    if not is_compiling(mean):
+        # As in torch, autograd takes no notice: another call of torch's own norm may hold them.
+        running_mean, running_var = running_mean.data, running_var.data
     if count.numel():
         unbiased = variance * (count / (count - 1).clamp(min=1))[:, None]
     else:

@@ -1,0 +1,24 @@
+"""What a chain is: Linear, norm, activation, dropout and, where there is one, what is added.
+
+Each at most once and in this order, at least two of them. chain/plan.py reads the children of a
+Sequential by it, graph/chains.py the calls of a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+LINEAR, NORM, ACTIVATION, DROPOUT, RESIDUAL = range(5)
+NO_PART = -1
+SHORTEST = 2
+
+
+def extends(kinds: Sequence[int], kind: int) -> bool:
+    """Whether a part of this kind may come next; `kinds` are those of the chain so far."""
+    return kind > (kinds[-1] if kinds else NO_PART)
+
+
+def is_chain(kinds: Sequence[int]) -> bool:
+    """Whether these parts are worth one operation."""
+    # A Linear and what is added to it leave nothing to a kernel.
+    return len(kinds) >= SHORTEST and tuple(kinds) != (LINEAR, RESIDUAL)

@@ -1,0 +1,1 @@
+"""Chains in any model: found in the graph that torch.compile captures, and run by the kernels."""

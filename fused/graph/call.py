@@ -1,0 +1,95 @@
+"""What a rewritten graph calls, and its arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from ..chain.grammar import ACTIVATION, DROPOUT, LINEAR, NORM
+from ..chain.guard import memory_order
+from ..run.prepare import run
+from ..run.running import ChannelNorm
+from ..spec import CHANNEL_NORMS, Spec, known_parameters, make_spec
+from .chains import Found
+from .forms import value
+
+
+def fused_chain(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    residual: Tensor | None,
+    spec: Spec,
+    momentum: float | None,
+    dims: int,
+    order: tuple[int, ...] | None,
+) -> Tensor:
+    """residual + dropout(activation(norm(x · weightᵀ + bias))); channels are dimension 1.
+
+    Args:
+        mean, variance: running statistics.
+        momentum: the weight of new statistics in them; None: they are what is normalised with.
+        dims: how many trailing dimensions a norm along rows normalises.
+        order: of x's dimensions in memory, where there is neither Linear nor norm and x is not
+            contiguous; else None.
+    """
+    if order is not None:
+        residual = None if residual is None else residual.permute(order)
+        y = run(spec, x.permute(order), residual=residual)
+        return y.permute([order.index(d) for d in range(x.dim())])
+    if spec.norm not in CHANNEL_NORMS:
+        affine = norm_weight, norm_bias
+        return run(spec, x, weight, bias, *affine, residual, channel_dim=1, normalized_dims=dims)
+    norm = ChannelNorm(spec.norm, spec.groups, norm_weight, norm_bias, momentum=momentum)
+    if momentum is not None:
+        norm.running_mean, norm.running_var = mean, variance
+    else:
+        norm.mean, norm.variance = mean, variance
+    return run(spec, x, weight, bias, residual=residual, norm=norm, channel_dim=1)
+
+
+def spec_of(chain: Found) -> Spec:
+    """The chain as the kernels take it."""
+    norm, activation = chain.part(NORM), chain.part(ACTIVATION)
+    dropout = chain.part(DROPOUT)
+    name = None if activation is None else activation.name
+    numbers = {} if activation is None else activation.numbers
+    spec = make_spec(
+        None if norm is None else norm.name,
+        0.0 if norm is None else norm.numbers["eps"],
+        name,
+        0.0 if dropout is None else dropout.numbers["p"],
+        tuple((key, numbers[key]) for key, _ in known_parameters(name) if key in numbers),
+    )
+    channels = dropout is not None and dropout.name == "channels"
+    groups = 1 if norm is None else norm.numbers.get("groups", 1)
+    return spec._replace(channel_dropout=channels and spec.threshold > 0, groups=groups)
+
+
+def arguments_of(chain: Found) -> tuple[Any, ...]:
+    """The arguments of `fused_chain`: nodes and constants."""
+    linear, norm = chain.part(LINEAR), chain.part(NORM)
+    weights: dict[str, fx.Node | None] = {} if linear is None else linear.tensors
+    tensors: dict[str, fx.Node | None] = {} if norm is None else norm.tensors
+    numbers: dict[str, Any] = {} if norm is None else norm.numbers
+    x, spec = value(chain.source), spec_of(chain)
+    order = None
+    if linear is None and norm is None and not spec.gated and not spec.channel_dropout:
+        found = None if x.is_contiguous() else memory_order(x)
+        order = found if found != tuple(range(x.dim())) else None
+    own = numbers.get("training", True) or tensors.get("mean") is None
+    return (
+        chain.source,
+        *(weights.get(name) for name in ("weight", "bias")),
+        *(tensors.get(name) for name in ("weight", "bias", "mean", "variance")),
+        chain.residual,
+        spec,
+        numbers.get("momentum", 0.0) if own else None,
+        len(numbers.get("shape", (0,))),
+        order,
+    )

@@ -1,0 +1,67 @@
+"""Which chains are worth rewriting: where our kernels are faster than what runs the rest.
+
+Measured with `python -m bench models --models parts` (AMD EPYC, one thread, torch 2.13, November
+2026). On GPUs nothing is measured yet; what is taken there follows from the bytes that are moved.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..chain.grammar import DROPOUT, NORM, is_chain
+from ..spec import CHANNEL_NORMS
+from .chains import Found
+from .forms import value
+
+# torch's own layer and batch norm are as fast or faster below so many elements on CPUs (LayerNorm
+# of 512 × 512 and 4096 × 1024, training: 0.7 and 1.3 of eager's speed).
+_LARGE = 1 << 20
+
+
+def reason(chain: Found, rest: str) -> str:
+    """Why a chain is left to what runs the rest; empty where ours is faster.
+
+    Args:
+        rest: "inductor" or "eager".
+    """
+    result = value(chain.last)
+    training, cpu = result.requires_grad, result.device.type == "cpu"
+    norm = chain.part(NORM)
+    if not is_chain(chain.kinds):
+        return _alone(chain, training) if cpu else "a single call is left to torch on GPUs"
+    if rest == "eager":
+        return ""
+    statistics = norm is not None and not (
+        norm.name in CHANNEL_NORMS and norm.numbers.get("training") is False
+    )
+    if not training and not statistics and chain.part(DROPOUT) is None:
+        # Pointwise operators, which Inductor fuses with more than we see (BatchNorm → ReLU of
+        # 512 × 512: it has 1.3 of eager's speed, we 0.6).
+        return "without statistics, dropout or gradient, Inductor fuses it"
+    if not cpu and not (training and statistics):
+        return "on GPUs only norms in training are taken from Inductor until they are measured"
+    return ""
+
+
+def _alone(chain: Found, training: bool) -> str:
+    """Why a single call is left to torch on CPUs."""
+    stage = chain.stages[0]
+    # torch draws random numbers slowly, and runs RMSNorm as several operators.
+    if stage.kind == DROPOUT or (stage.kind == NORM and stage.name == "rms"):
+        return ""
+    if stage.kind == NORM and (
+        stage.name == "layer" or (stage.name == "batch" and stage.numbers["training"])
+    ):
+        return "" if _elements(chain) >= _LARGE else "torch's own is as fast at this size"
+    return "a chain needs two or more of Linear, norm, activation, dropout, in this order"
+
+
+def _elements(chain: Found) -> int:
+    """How many elements the result has, those of the first call where they may vary."""
+    n = value(chain.last).numel()
+    return n if isinstance(n, int) else _hint(n)
+
+
+def _hint(n: torch.SymInt) -> int:
+    found = n.node.hint
+    return found if isinstance(found, int) else 0

@@ -1,0 +1,96 @@
+"""The pass: chains of a graph become single calls."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..chain.grammar import DROPOUT
+from . import policy
+from .call import arguments_of, fused_chain
+from .chains import Found, find
+from .forms import place, same, stage_of, value
+from .written import is_cast
+
+# Says of each chain, at level INFO, whether it became one operation, and why not.
+LOG = logging.getLogger("fused.graph")
+
+
+def rewrite(graph: fx.Graph, rest: str) -> list[Found]:
+    """Replaces the chains of a graph by calls of `fused_chain`, in place.
+
+    Args:
+        graph: as Dynamo captures it.
+        rest: "inductor" or "eager", what runs the rest.
+
+    Returns:
+        The chains that were replaced.
+    """
+    remove_identities(graph)
+    done: list[Found] = []
+    # The last node of each replaced chain → what stands for it now.
+    replaced: dict[fx.Node, fx.Node] = {}
+    for chain in find(graph)[0]:
+        reason = chain.reason or policy.reason(chain, rest)
+        arguments = () if reason else arguments_of(chain)
+        reason = reason or difference(chain, arguments)
+        LOG.info("%s: %s (%s)", chain.describe(), reason or "one operation", place(chain.last))
+        if reason:
+            continue
+        given = tuple(replaced.get(a, a) if isinstance(a, fx.Node) else a for a in arguments)
+        with graph.inserting_after(chain.last):
+            call = graph.call_function(fused_chain, given)
+        call.meta = dict(chain.last.meta)
+        chain.last.replace_all_uses_with(call)
+        replaced[chain.last] = call
+        _erase(graph, chain.nodes)
+        done.append(chain)
+    return done
+
+
+def remove_identities(graph: fx.Graph) -> None:
+    """Dropout that does not drop is its input."""
+    for node in [*graph.nodes]:
+        stage = stage_of(node)
+        if isinstance(stage, str) or stage is None or stage.kind != DROPOUT:
+            continue
+        if stage.numbers["p"] == 0 or not stage.numbers["training"]:
+            node.replace_all_uses_with(stage.source)
+            graph.erase_node(node)
+
+
+def _erase(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Removes a chain's nodes, and the casts that only they read."""
+    waiting = [*nodes]
+    while waiting:
+        node = waiting.pop()
+        if node.users or node._erased:
+            continue
+        waiting += [n for n in node.all_input_nodes if n in nodes or is_cast(n)]
+        graph.erase_node(node)
+
+
+def difference(chain: Found, arguments: tuple[Any, ...]) -> str:
+    """In what the call's result would not be like the chain's; empty where it would."""
+    tensors = [value(a) if isinstance(a, fx.Node) else a for a in arguments]
+    if arguments[-3] is not None:
+        tensors[5:7] = None, None  # nothing is to be learned here
+    mode = getattr(tensors[0], "fake_mode", None)
+    if mode is None:
+        return "the compiler does not know its input"
+    with mode, torch.no_grad():
+        new = fused_chain(*tensors)
+    old = value(chain.last)
+    if new.dtype != old.dtype or not same(new.shape, old.shape):
+        return f"the result would be {new.dtype} {tuple(new.shape)}"
+    # The stride of a dimension of one element means nothing.
+    strides = [
+        (a, b)
+        for a, b, size in zip(new.stride(), old.stride(), old.shape, strict=True)
+        if not (isinstance(size, int) and size == 1)
+    ]
+    alike = same((a for a, _ in strides), (b for _, b in strides))
+    return "" if alike else "the result would be laid out in another way"

@@ -1,0 +1,594 @@
+"""The graph pass: what is a chain, what is none, and that nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fused.graph.forms import FORMS, spellings
+from fused.spec import ACTIVATIONS
+
+N = 16
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+
+
+class Log(logging.Handler):
+    """What the pass says of each chain: those that became one operation, and the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused: list[str] = []
+        self.left: dict[str, str] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        chain, reason, _ = record.args  # type: ignore[misc]
+        if reason == "one operation":
+            self.fused.append(str(chain))
+        else:
+            self.left[str(chain)] = str(reason)
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    handler, logger = Log(), logging.getLogger("fused.graph")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [*result]
+
+
+def equal_to_eager(
+    function: Callable[..., Any], *inputs: Tensor, tolerance: float = 1e-9, **how: Any
+) -> None:
+    """Outputs, their dtypes and strides, gradients and buffers are those of eager."""
+    module = function if isinstance(function, nn.Module) else None
+    other = copy.deepcopy(function)
+    compiled = torch.compile(other, backend="fused_eager", **how)
+    mine = [x.clone().detach().requires_grad_(x.requires_grad) for x in inputs]
+    wanted, found = tensors(function(*inputs)), tensors(compiled(*mine))
+    for a, b in zip(wanted, found, strict=True):
+        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+        torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
+    learning = [t for t in wanted if t.requires_grad]
+    if learning:
+        torch.stack([t.double().square().sum() for t in learning]).sum().backward()
+        torch.stack([t.double().square().sum() for t in found if t.requires_grad]).sum().backward()
+    pairs = [*zip(inputs, mine, strict=True)]
+    if module is not None:
+        pairs += zip(module.parameters(), other.parameters(), strict=True)
+        for a, b in zip(module.buffers(), other.buffers(), strict=True):
+            torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
+    for a, b in pairs:
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(b.grad, a.grad, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+def rows(*shape: int, grad: bool = True, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*(shape or (6, N)), dtype=dtype).requires_grad_(grad)
+
+
+# ---- forms ----
+
+
+def _method(name: str) -> Callable[[Tensor], Tensor]:
+    return lambda x: getattr(x, name)()
+
+
+def _calls(name: str) -> list[Any]:
+    """Every spelling of an activation as a function of x."""
+    found = []
+    for target in dict.fromkeys(spellings(name)):
+        if isinstance(target, str):
+            found.append(pytest.param(_method(target), id=f"method-{target}"))
+        else:
+            found.append(pytest.param(target, id=f"{target.__module__}-{target.__name__}"))
+    return found
+
+
+@pytest.mark.parametrize("call", [c for name in ACTIVATIONS for c in _calls(name)])
+def test_every_spelling_of_an_activation(call: Callable[[Tensor], Tensor], log: Log) -> None:
+    weight = rows(N, N, grad=False)
+
+    def model(x: Tensor) -> Tensor:
+        # What follows keeps an in-place result from being the graph's own.
+        return call(F.layer_norm(F.linear(x, weight), (N,))) * 2
+
+    equal_to_eager(model, rows())
+    assert len(log.fused) == 1 and log.fused[0].startswith("linear → layer → ")
+
+
+def test_every_activation_has_a_form() -> None:
+    names = {form.name for form in FORMS.values()}
+    assert {*ACTIVATIONS} - {"gelu_tanh", "relu_squared"} <= names
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda x: F.gelu(x, approximate="tanh"), "gelu_tanh"),
+        (lambda x: F.leaky_relu(x, 0.3), "leaky_relu"),
+        (lambda x: F.elu(x, alpha=0.5), "elu"),
+        (lambda x: F.softplus(x, 2.0, 10), "softplus"),
+        (lambda x: F.hardtanh(x, 0.0, 6.0), "relu6"),
+        (lambda x: F.relu(x, inplace=True), "relu"),
+        (lambda x: F.leaky_relu(x, 0.1, True), "leaky_relu"),
+        (lambda x: x * torch.sigmoid(x), "silu"),
+        (lambda x: x.sigmoid() * x, "silu"),
+        (lambda x: F.relu(x) ** 2, "relu_squared"),
+        (lambda x: torch.square(F.relu(x)), "relu_squared"),
+        (lambda x: x * 0.5 * (1.0 + torch.erf(x / 2**0.5)), "gelu"),
+        (lambda x: 0.5 * x * (1 + torch.erf(x * 0.7071067811865476)), "gelu"),
+        (
+            lambda x: 0.5 * x * (1.0 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+            "gelu_tanh",
+        ),
+        (
+            lambda x: (
+                0.5
+                * x
+                * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
+            ),
+            "gelu_tanh",
+        ),
+        (lambda x: F.glu(x, -1), "glu"),
+        (lambda x: x[..., : N // 2] * F.silu(x[..., N // 2 :]), "swiglu"),
+        (lambda x: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, dim=-1)[1]), "geglu"),
+        (lambda x: F.relu(x.split(N // 2, -1)[1]) * x[..., : N // 2], "reglu"),
+    ],
+)
+def test_what_activations_look_like(call: Callable[[Tensor], Tensor], name: str, log: Log) -> None:
+    equal_to_eager(lambda x: call(F.layer_norm(x, (N,))), rows())
+    assert log.fused == [f"layer → {name}"]
+
+
+def test_another_clamp_is_no_relu6(log: Log) -> None:
+    equal_to_eager(lambda x: F.hardtanh(F.layer_norm(x, (N,)), 0.0, 5.0), rows())
+    equal_to_eager(lambda x: F.glu(F.layer_norm(x, (N,)), 0), rows())
+    assert log.fused == []
+
+
+def images(x: Tensor) -> Tensor:
+    return x.mT.contiguous()
+
+
+WEIGHT = torch.linspace(0.5, 1.5, N, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("norm", "name"),
+    [
+        (lambda x: F.layer_norm(x, (N,), WEIGHT, WEIGHT, 1e-3), "layer"),
+        (lambda x: torch.layer_norm(x, [N], WEIGHT, eps=1e-3), "layer"),
+        (lambda x: F.layer_norm(x, normalized_shape=(5, N)), "layer"),
+        (lambda x: F.rms_norm(x, (N,), WEIGHT), "rms"),
+        (lambda x: torch.rms_norm(x, (N,), WEIGHT, 1e-4), "rms"),
+        (
+            lambda x: F.batch_norm(x.mT.contiguous(), None, None, WEIGHT, WEIGHT, training=True),
+            "batch",
+        ),
+        (
+            lambda x: F.batch_norm(x.mT.contiguous(), WEIGHT * 0, WEIGHT.clone(), WEIGHT, WEIGHT),
+            "batch",
+        ),
+        (
+            lambda x: torch.batch_norm(
+                x.mT.contiguous(), WEIGHT, WEIGHT, None, None, True, 0.2, 1e-4, False
+            ),
+            "batch",
+        ),
+        (lambda x: F.group_norm(images(x), 4, WEIGHT, WEIGHT), "group"),
+        (
+            lambda x: F.instance_norm(images(x), weight=WEIGHT, bias=WEIGHT, eps=1e-3),
+            "instance",
+        ),
+    ],
+)
+def test_norms_and_their_arguments(norm: Callable[[Tensor], Tensor], name: str, log: Log) -> None:
+    equal_to_eager(lambda x: torch.tanh(norm(x)), rows(4, 5, N))
+    assert log.fused == [f"{name} → tanh"]
+
+
+def llama(x: Tensor, weight: Tensor) -> Tensor:
+    dtype = x.dtype
+    h = x.to(torch.float32)
+    variance = h.pow(2).mean(-1, keepdim=True)
+    h = h * torch.rsqrt(variance + 1e-6)
+    return weight * h.to(dtype)
+
+
+def t5(x: Tensor, weight: Tensor) -> Tensor:
+    variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+    h = x * torch.rsqrt(variance + 1e-6)
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        h = h.to(weight.dtype)
+    return weight * h
+
+
+def gemma(x: Tensor, weight: Tensor) -> Tensor:
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return (h * (1.0 + weight.float())).type_as(x)
+
+
+def plain(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(torch.mean(x * x, dim=-1, keepdim=True) + 1e-6) * weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [llama, t5, gemma, plain])
+def test_rms_norm_written_out(norm: Callable[..., Tensor], dtype: torch.dtype, log: Log) -> None:
+    x, weight = rows(6, N, dtype=dtype), WEIGHT.to(dtype).requires_grad_()
+    # In bfloat16 eager rounds several times, the kernel once.
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    equal_to_eager(lambda x, w: F.silu(norm(x, w)), x, weight, tolerance=tolerance)
+    assert log.fused == ["rms → silu"]
+
+
+def test_rms_norm_over_another_dimension_is_not_taken(log: Log) -> None:
+    def norm(x: Tensor) -> Tensor:
+        return F.silu(x * torch.rsqrt(x.pow(2).mean(0, keepdim=True) + 1e-6))
+
+    equal_to_eager(norm, rows())
+
+    def read_inside(x: Tensor) -> Tensor:
+        root = torch.rsqrt(x.pow(2).mean(-1, True) + 1e-6)
+        return F.silu(x * root) + root
+
+    equal_to_eager(read_inside, rows())
+    assert log.fused == []
+
+
+# ---- what a chain may not do ----
+
+
+class Shift(nn.Module):
+    """A function of parameters as a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(N).double()
+        self.batch = nn.BatchNorm1d(N).double()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(self, *inputs)
+
+
+def _grad_mode(m: Any, x: Tensor) -> Tensor:
+    h = m.norm(x)
+    with torch.no_grad():
+        return F.relu(h)
+
+
+def _autocast(m: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        h = m.norm(x)
+    return F.relu(h)
+
+
+def _written_between(m: Any, x: Tensor) -> Tensor:
+    z = x * 2
+    h = F.relu(z)
+    total = z.add_(1)
+    return F.dropout(h, 1.0) + total
+
+
+def _written_later(m: Any, x: Tensor) -> Tensor:
+    z = x * 2
+    h = F.dropout(F.relu(z), 1.0)
+    return h + z.add_(1)
+
+
+def _residual_written_between(m: Any, x: Tensor) -> Tensor:
+    z = x * 2
+    h = F.relu(m.norm(x))
+    z.add_(1)
+    return h + z
+
+
+def _in_place_on_what_is_read_later(m: Any, x: Tensor) -> Tensor:
+    h = m.norm(x)
+    view = h.view(-1)
+    return torch.tanh(F.relu(h, inplace=True)).sum() + view
+
+
+def _in_place_on_an_input(m: Any, x: Tensor) -> Tensor:
+    return torch.tanh(F.relu_(x.detach())), x * 2
+
+
+def _second_reader(m: Any, x: Tensor) -> Any:
+    h = m.norm(x)
+    return F.relu(h), h.sum()
+
+
+def _twice_the_same(m: Any, x: Tensor) -> Tensor:
+    h = m.norm(x)
+    return h + h
+
+
+def _interleaved_batch_norms(m: Any, x: Tensor) -> Tensor:
+    a, b = m.batch(x), m.batch(x * 3 + 1)
+    second = F.relu(b)
+    return F.relu(a) + second * 2
+
+
+def _statistics_read_between(m: Any, x: Tensor) -> Tensor:
+    h = m.batch(x)
+    seen = m.batch.running_mean * 1
+    return F.relu(h) + seen
+
+
+def _broadcast_residual(m: Any, x: Tensor) -> Tensor:
+    return m.norm(x) + x[:1]
+
+
+@pytest.mark.parametrize(
+    ("function", "fused"),
+    [
+        (_grad_mode, []),
+        (_autocast, []),
+        (_written_between, []),
+        (_written_later, []),
+        (_residual_written_between, []),
+        (_in_place_on_what_is_read_later, []),
+        (_in_place_on_an_input, []),
+        (_second_reader, []),
+        (_twice_the_same, []),
+        (_interleaved_batch_norms, ["batch → relu"]),
+        (_statistics_read_between, []),
+        (_broadcast_residual, []),
+    ],
+)
+def test_what_must_stay(function: Callable[..., Any], fused: list[str], log: Log) -> None:
+    equal_to_eager(Shift(function), rows())
+    assert [chain for chain in log.fused if "→" in chain] == fused
+
+
+def _in_place(m: Any, x: Tensor) -> Tensor:
+    return F.dropout(F.relu(m.norm(x), inplace=True), 0.0, inplace=True) * 2
+
+
+def _add_in_place(m: Any, x: Tensor) -> Tensor:
+    h = F.gelu(m.batch(x))
+    h += x
+    return h.mul_(2)
+
+
+def _of_another_dtype(m: Any, x: Tensor) -> Tensor:
+    return F.relu(m.norm(x)) + x.float()
+
+
+@pytest.mark.parametrize(
+    ("function", "fused"),
+    [
+        (_in_place, "layer → relu"),
+        (_add_in_place, "batch → gelu → residual"),
+        (_of_another_dtype, "layer → relu → residual"),
+    ],
+)
+def test_what_is_taken(function: Callable[..., Any], fused: str, log: Log) -> None:
+    equal_to_eager(Shift(function), rows())
+    assert fused in log.fused
+
+
+def test_what_is_added_in_place_to_the_stream(log: Log) -> None:
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        stream = x * 2
+        stream += F.gelu(F.linear(stream + 1, w))
+        return stream
+
+    equal_to_eager(model, rows(), rows(N, N))
+    assert log.fused == ["linear → gelu → residual"]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_images_keep_their_memory_format(memory_format: torch.memory_format, log: Log) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.group = nn.GroupNorm(4, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.conv(x)).relu_()
+            return F.silu(self.group(h)) + h
+
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64).to(memory_format=memory_format)
+    equal_to_eager(Block().double(), x)
+    assert log.fused == ["batch → relu", "group → silu → residual"]
+
+
+def test_transposed_activation_and_dropout(log: Log) -> None:
+    x = rows(3, 4, N).transpose(0, 1).detach()
+    equal_to_eager(lambda x: F.dropout(F.gelu(x), 1.0), x)
+    assert log.fused == ["gelu → dropout"]
+
+
+# ---- dropout ----
+
+
+class Dropped(nn.Module):
+    def __init__(self, p: float = 0.25) -> None:
+        super().__init__()
+        self.norm, self.dropout = nn.LayerNorm(N), nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(F.relu(self.norm(x) + 10))
+
+
+def test_dropout_is_a_dropout(log: Log) -> None:
+    compiled = torch.compile(Dropped(), backend="fused_eager")
+    x = torch.randn(4096, N, requires_grad=True)
+    torch.manual_seed(1)
+    first, second = compiled(x), compiled(x)
+    torch.manual_seed(1)
+    again = compiled(x)
+    assert log.fused == ["relu → dropout"]
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    dropped = (first == 0).double().mean().item()
+    assert abs(dropped - 0.25) < 0.01
+    kept = first[first != 0] / F.relu(Dropped().norm(x) + 10)[first != 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 4 / 3))
+    (g,) = torch.autograd.grad(first.sum(), x)
+    assert torch.isfinite(g).all()
+
+
+def test_evaluation_drops_nothing_and_training_drops_again(log: Log) -> None:
+    model = Dropped()
+    compiled = torch.compile(model, backend="fused_eager")
+    x = torch.randn(64, N)
+    assert (compiled(x) == 0).any()
+    model.eval()
+    assert torch.allclose(compiled(x), model(x))
+    model.train()
+    assert (compiled(x) == 0).any()
+
+
+def test_attention_keeps_its_dropout(log: Log) -> None:
+    def attention(q: Tensor) -> Tensor:
+        return F.dropout(torch.softmax(q @ q.mT, -1), 1.0) @ q
+
+    equal_to_eager(attention, rows(2, 4, N))
+    assert log.fused == []
+    assert log.left["dropout"] == "it drops weights of attention"
+
+
+def test_dropout_of_channels(log: Log) -> None:
+    equal_to_eager(lambda x: F.dropout2d(F.relu(F.group_norm(x, 2)), 1.0), rows(2, 4, 3, 3))
+    assert log.fused == ["group → relu → dropout"]
+
+
+# ---- shapes, modes and wrappers ----
+
+
+def chain() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(N, N), nn.BatchNorm1d(N), nn.GELU(), nn.Linear(N, N)).double()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_another_batch_size_makes_no_more_graphs(dynamic: bool | None, log: Log) -> None:
+    model, graphs = chain(), {}
+    for backend in ("eager", "fused_eager"):
+        torch._dynamo.reset()
+        own = copy.deepcopy(model)
+        counter = CompileCounterWithBackend(backend)
+        compiled = torch.compile(own, backend=counter, dynamic=dynamic)
+        reference = copy.deepcopy(model)
+        for n in (17, 32, 64, 100):
+            x = rows(n, N)
+            torch.testing.assert_close(compiled(x), reference(x))
+        torch.testing.assert_close(own[1].running_var, reference[1].running_var)
+        assert own[1].num_batches_tracked == 4
+        graphs[backend] = counter.frame_count
+    assert graphs["eager"] == graphs["fused_eager"]
+    assert "linear → batch → gelu" in log.fused
+
+
+def test_a_float_that_the_compiler_left_open_is_guarded(log: Log) -> None:
+    model = nn.Sequential(nn.LayerNorm(N), nn.ReLU()).double()
+    compiled = torch.compile(model, backend="fused_eager", dynamic=True)
+    x = rows()
+    torch.testing.assert_close(compiled(x), model(x))
+    model[0].eps = 0.5
+    torch.testing.assert_close(compiled(x), model(x))
+    assert log.fused == ["layer → relu", "layer → relu"]
+
+
+def test_graph_breaks(log: Log) -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = chain(), chain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(h)
+
+    equal_to_eager(Broken(), rows())
+    assert log.fused == ["linear → batch → gelu"] * 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant: bool, log: Log) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    class Saved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(N, N), nn.LayerNorm(N), nn.GELU()).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=reentrant) + x
+
+    equal_to_eager(Saved(), rows())
+    assert "linear → layer → gelu" in log.fused
+
+
+def test_fullgraph_hooks_and_parametrisations(log: Log) -> None:
+    model = nn.Sequential(nn.Linear(N, N), nn.LayerNorm(N), nn.GELU()).double()
+    nn.utils.parametrizations.weight_norm(model[0])
+    model[1].register_forward_hook(lambda module, inputs, y: y * 2)
+    equal_to_eager(model, rows(), fullgraph=True)
+    assert log.fused == ["linear → layer"]
+
+
+def test_autocast_around_the_model(log: Log) -> None:
+    model = nn.Sequential(nn.Linear(N, N), nn.LayerNorm(N), nn.GELU())
+    x = torch.randn(8, N)
+
+    def run(call: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(x)
+
+    wanted, found = run(model), run(torch.compile(model, backend="fused_eager"))
+    assert wanted.dtype == found.dtype
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+    assert log.fused == ["linear → layer → gelu"]
+
+
+def test_transformer_encoder_layer(log: Log) -> None:
+    layer = nn.TransformerEncoderLayer(N, 2, 32, dropout=0.0, activation="gelu", batch_first=True)
+    equal_to_eager(layer.double(), rows(2, 5, N))
+    assert log.fused == ["linear → gelu"]
+
+
+def test_a_tensor_of_a_subclass_is_left_alone(log: Log) -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    a = torch.randn(4, N)
+    compiled = torch.compile(lambda x: F.relu(F.layer_norm(x, (N,))), backend="fused_eager")
+    y = compiled(TwoTensor(a, a.clone()))
+    torch.testing.assert_close(y.a, F.relu(F.layer_norm(a, (N,))))
+    assert log.fused == []
+
+
+def test_a_request_for_the_reference_is_kept(log: Log) -> None:
+    import fused
+
+    with fused.use_backend("reference"):
+        equal_to_eager(lambda x: F.relu(F.layer_norm(x, (N,))), rows())
+    assert log.fused == []
+    assert "reference" in log.left["layer → relu"]
