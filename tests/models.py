@@ -132,8 +132,8 @@ MODELS: dict[str, Callable[[float], Any]] = {
 WITHOUT_DROPOUT = ("llama", "hf convnext", "sb3 policy", "sb3 create_mlp", "resnet", "convnext")
 # How many chains the pass takes of each in training, at least.
 CHAINS = {
-    **{"mlp layer": 3, "mlp batch": 3, "bert": 5, "vit": 4, "llama": 1, "gpt2": 2, "t5": 4},
-    **{"hf convnext": 2, "x_transformers encoder": 1, "x_transformers decoder": 1, "pyg mlp": 2},
+    **{"mlp layer": 3, "mlp batch": 3, "bert": 5, "vit": 5, "llama": 4, "gpt2": 3, "t5": 7},
+    **{"hf convnext": 2, "x_transformers encoder": 2, "x_transformers decoder": 3, "pyg mlp": 2},
     **{"graph sage": 2, "sb3 policy": 4, "sb3 create_mlp": 2, "tabm": 3, "unet": 6},
     **{"transformer": 4, "transformer, norm first": 2, "resnet": 5, "convnext": 2, "mixer": 6},
     **{"mobilenet": 5},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -27,17 +27,19 @@ ROUNDED, ROUNDED_TOLERANCE = ("t5", "llama"), 2e-6
 NEVER = 1e-12
 # Those that `make test` also calls in evaluation.
 QUICK = ("mlp batch", "sb3 create_mlp", "resnet", "convnext")
+# Those that are compiled; each takes Inductor a minute or less.
+COMPILED = ("mlp layer", "mlp batch", "bert", "vit", "llama", "t5", "graph sage", "resnet")
 MODES = {True: "training", False: "evaluation"}
 
 
-def cases(ordinary: Callable[[str, str, bool], bool]) -> list[Any]:
+def cases(ordinary: Callable[[str, str, bool], bool], names: Iterable[str]) -> list[Any]:
     """Model, dtype and training or evaluation; all but the ordinary ones are `full`."""
     return [
         pytest.param(
             name, (dtype, training), id=f"{name}-{dtype}-{mode}",
             marks=[] if ordinary(name, dtype, training) else [pytest.mark.full],
         )
-        for name in MODELS for dtype in TOLERANCES for training, mode in MODES.items()
+        for name in names for dtype in TOLERANCES for training, mode in MODES.items()
     ]  # fmt: skip
 
 
@@ -107,7 +109,7 @@ def compare(name: str, backend: str, dtype: str, training: bool, taken: list[Any
 @pytest.mark.parametrize(
     ("name", "case"),
     cases(lambda *case: case[1:] == ("float64", True)
-          or (case[0] in QUICK and case[1:] == ("float32", False))),
+          or (case[0] in QUICK and case[1:] == ("float32", False)), MODELS),
 )  # fmt: skip
 def test_gives_what_the_model_gives(name: str, case: tuple[str, bool], taken: list[Any]) -> None:
     compare(name, "fused_eager", *case, taken)
@@ -115,7 +117,7 @@ def test_gives_what_the_model_gives(name: str, case: tuple[str, bool], taken: li
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "case"), cases(lambda *case: case == ("mlp layer", "float32", True))
+    ("name", "case"), cases(lambda *case: case == ("mlp layer", "float32", True), COMPILED)
 )
 def test_gives_what_the_model_gives_before_inductor(
     name: str, case: tuple[str, bool], taken: list[Any]
