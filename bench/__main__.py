@@ -65,11 +65,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     given.suites = _chosen(parser, "suite", given.suites, (*SUITES, "models", "report"))
     if "models" in given.suites:
-        from .models import MODELS, PROVIDERS
+        from .models import KNOWN, MODELS, PARTS, PROVIDERS
 
-        for what, known in (("models", MODELS), ("providers", PROVIDERS)):
-            names = (getattr(given, what) or ",".join(known)).split(",")
-            setattr(given, what, _chosen(parser, what.removesuffix("s"), names, known))
+        names = given.models.split(",") if given.models else [*MODELS]
+        names = [*PARTS] if names == ["parts"] else names
+        given.models = _chosen(parser, "model", names, KNOWN)
+        names = given.providers.split(",") if given.providers else [*PROVIDERS]
+        given.providers = _chosen(parser, "provider", names, PROVIDERS)
     given.suites = given.suites or list(CPU_SUITES if given.device == "cpu" else GPU_SUITES)
     given.out = given.out or (QUICK_RESULTS if given.quick else RESULTS)
     if given.seconds is None:

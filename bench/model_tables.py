@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from . import results
-from .models import MODELS, OURS, PROVIDERS, ModelRow
+from .models import MODELS, OURS, PARTS, PROVIDERS, ModelRow
 from .tables import ABSENT, LOSING, caption, group_by, select, table
 
 COMMAND = "Measured by `python -m bench models`, written by `python -m bench report`"
@@ -36,10 +36,12 @@ def over_better(rows: Sequence[ModelRow], ours: str) -> float | None:
     return min((ratio for ratio in found if ratio is not None), default=None)
 
 
-def cases(rows: Sequence[ModelRow]) -> dict[tuple[str, float, str, int], list[ModelRow]]:
+def cases(
+    rows: Sequence[ModelRow], names: Iterable[str] = MODELS
+) -> dict[tuple[str, float, str, int], list[ModelRow]]:
     """The rows of each model, dropout, mode and thread count, in the order of the models."""
     found: dict[tuple[str, float, str, int], list[ModelRow]] = {}
-    for name in MODELS:
+    for name in names:
         for r in rows:
             if r.model == name:
                 found.setdefault((name, r.dropout, r.mode, r.threads), []).append(r)
@@ -78,10 +80,10 @@ def _ratio_text(own: Sequence[ModelRow], ours: str) -> str:
     return f"{text} {LOSING}" if any(ratio is not None and ratio < 1 for ratio in found) else text
 
 
-def every_case(rows: Sequence[ModelRow]) -> str:
+def every_case(rows: Sequence[ModelRow], names: Iterable[str]) -> str:
     """A line per model, dropout, mode and thread count."""
     lines = []
-    for (name, dropout, mode, threads), own in cases(rows).items():
+    for (name, dropout, mode, threads), own in cases(rows, names).items():
         line = [name, mode, f"{dropout:g}" if dropout else "none", str(threads)]
         timed = {r.provider: r for r in own if not r.refused}
         for provider in PROVIDERS:
@@ -94,7 +96,8 @@ def every_case(rows: Sequence[ModelRow]) -> str:
     header += [f"first call, s: {' / '.join(list(PROVIDERS)[1:])}"]
     refused = [
         f"- {r.model}, {r.mode}, dropout {r.dropout:g}, `{r.provider}`: {r.refused}"
-        for r in rows
+        for own in cases(rows, names).values()
+        for r in own
         if r.refused
     ]
     parts = [table(header, lines)]
@@ -143,5 +146,9 @@ def report(folder: Path, root: Path) -> str:
     link, about = "images/models.png", caption(groups[0])
     draw(groups[0], root / "docs" / link, about)
     picture = f"![models: speed-up by model, losing cells in red]({link})"
-    parts = (f"{COMMAND}.", f"{about}.", ABOUT, means(groups[0]), picture, every_case(groups[0]))
+    parts = [f"{COMMAND}.", f"{about}.", ABOUT, means(groups[0]), picture]
+    parts.append(every_case(groups[0], MODELS))
+    if cases(groups[0], PARTS):
+        parts += ["Norms, dropout and short chains by themselves (`--models parts`):"]
+        parts.append(every_case(groups[0], PARTS))
     return "\n\n".join(parts)

@@ -1,6 +1,7 @@
 """python -m bench models: training steps and inference calls of whole models, by torch.compile.
 
     python -m bench models --models bert,tabm --threads 1 --providers eager,compile,fused
+    python -m bench models --models parts      # single norms and short chains, for the policy
 
 A training step is forward, a mean square error and backward to new gradients; an inference call is
 forward in evaluation mode. All providers call the same module, whose parameters they share, in
@@ -15,6 +16,8 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,15 @@ MODELS: dict[str, tuple[Callable[[float], zoo.Model], float]] = {
     "tabm": (zoo.tabm, 0.1),
     "transformer": (zoo.transformer, 0.1),
 }
+# What the pass's policy asks about; `--models parts` is all of them.
+PARTS: dict[str, tuple[Callable[[float], zoo.Model], float]] = {
+    f"{stages}-{rows}x{features}": (
+        partial(zoo.part, stages=stages, rows=rows, features=features),
+        0.1 if "dropout" in stages else 0.0,
+    )
+    for stages, (rows, features) in product(zoo.PARTS, zoo.PART_SIZES)
+}
+KNOWN = MODELS | PARTS
 # The largest difference from eager torch, of each tensor's largest element: an element at ReLU's
 # kink that changes its side moves a gradient by about a thousandth.
 LIMIT = 1e-2
@@ -153,7 +165,7 @@ def measure_model(
     """Checks and times a model; a provider that fails has a row that says why."""
     torch.manual_seed(0)
     torch.compiler.reset()
-    model = MODELS[name][0](p)
+    model = KNOWN[name][0](p)
     model.module.train(training)
     found: dict[str, dict[str, Any]] = {}
     passed: list[Provider] = []
@@ -198,7 +210,7 @@ def measure_model(
 
 def cases(name: str, only: str | None) -> list[tuple[float, bool]]:
     """Dropout and training: with its own, without, and at inference."""
-    own = MODELS[name][1]
+    own = KNOWN[name][1]
     found = [(p, True) for p in dict.fromkeys((own, 0.0))] + [(0.0, False)]
     return [case for case in found if not only or re.search(only, title(name, *case))]
 

@@ -197,3 +197,28 @@ class MobileNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x).mean((2, 3))
         return self.fc2(self.drop(self.act(self.fc1(x))))
+
+
+class Part(nn.Module):
+    """A few stages behind a product with a parameter, so that gradients reach them."""
+
+    def __init__(self, features: int, *stages: nn.Module) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(features))
+        self.stages = nn.Sequential(*stages)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stages(x * self.scale)
+
+
+class WrittenRMSNorm(nn.Module):
+    """Llama's, written by hand."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.to(torch.float32)
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * h.to(x.dtype)

@@ -162,3 +162,21 @@ def transformer(
     )
     module = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
     return Model(module, (torch.randn(batch, tokens, hidden),))
+
+
+# Stages by themselves, from their number of features.
+PARTS: dict[str, Callable[[int, float], list[nn.Module]]] = {
+    "layer": lambda n, p: [nn.LayerNorm(n)],
+    "batch": lambda n, p: [nn.BatchNorm1d(n)],
+    "written-rms": lambda n, p: [networks.WrittenRMSNorm(n)],
+    "dropout": lambda n, p: [nn.Dropout(p)],
+    "batch-relu": lambda n, p: [nn.BatchNorm1d(n), nn.ReLU()],
+    "layer-gelu": lambda n, p: [nn.LayerNorm(n), nn.GELU()],
+    "gelu-dropout": lambda n, p: [nn.GELU(), nn.Dropout(p)],
+}
+PART_SIZES = ((512, 512), (4096, 1024))
+
+
+def part(p: float, stages: str, rows: int, features: int) -> Model:
+    module = networks.Part(features, *PARTS[stages](features, p))
+    return Model(module, (torch.randn(rows, features),))

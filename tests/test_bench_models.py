@@ -27,7 +27,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     backends = {"eager": None, "compile": "eager", "fused": "eager", "fused_eager": wrong}
     monkeypatch.setattr(models, "PROVIDERS", backends)
-    monkeypatch.setattr(models, "MODELS", {"mlp-layer": (MODELS["mlp layer"], 0.1)})
+    only = {"mlp-layer": (MODELS["mlp layer"], 0.1)}
+    monkeypatch.setattr(models, "MODELS", only)
+    monkeypatch.setattr(models, "KNOWN", only)
     monkeypatch.setattr(models, "warm_up_compiler", lambda: None)
     return models
 
