@@ -28,12 +28,18 @@ from .nn import (
     SwiGLU,
 )
 from .spec import activations, norms
+from .tools.compare import compare
+from .tools.comparison import Comparison
+from .tools.explain import Call, Explanation, explain
 
 __all__ = [
     "MLP",
     "BatchNorm",
+    "Call",
     "ChannelDropout",
+    "Comparison",
     "Entry",
+    "Explanation",
     "FeatureScaler",
     "FoldReport",
     "GeGLU",
@@ -50,7 +56,9 @@ __all__ = [
     "SwiGLU",
     "__version__",
     "activations",
+    "compare",
     "empty_cache",
+    "explain",
     "fold_",
     "functional",
     "fuse_",

@@ -38,11 +38,12 @@ ROOMS: list[tuple[str, str]] = [
     ("run", "random layout reference moments synchronize recording autograd autocast running"),
     ("run", "checks by_torch rows channels prepare"),
     ("modules", "jagged gated norms"),
-    ("chain", "grammar guard stages chain channel_chain plan sequential block build convert"),
+    ("chain", "grammar guard stages chain channel_chain plan sequential subclass block build"),
+    ("chain", "convert"),
     ("graph", "forms memory written chains call policy rewrite doors"),
     ("", "functional nn"),
     ("extras", "progress scaler foldable fold ensemble"),
-    ("tools", "selftest doctor clock tune_cases tune_linear tune"),
+    ("tools", "selftest doctor clock tune_cases tune_linear tune steps comparison compare explain"),
     ("", "__main__"),
 ]
 ORDER = [f"{room}.{name}".lstrip(".") for room, names in ROOMS for name in names.split()]

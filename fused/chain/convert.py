@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from .grammar import LINEAR, NORM
 from .guard import KIND_OF
 from .plan import Entry, make_entry, make_steps, printable
 from .sequential import Sequential
+from .subclass import convert_reason, fused_class, original_class
 
 __all__ = ["Report", "fuse_", "unfuse_"]
 
@@ -59,28 +61,29 @@ class Report:
         lines = [f"{self.fused} of {len(entries)} chains {verb}"]
         lines += [f"  {path or '(the model itself)'} {entry}" for path, entry in entries]
         lines += [f"  {path or '(the model itself)'}: {why}" for path, why in self.skipped.items()]
+        if any(entry.fused_calls or entry.unfused_calls for _, entry in entries):
+            lines.append("calls of a compiled model are not counted")
         if self.elsewhere:
             norms, activations, dropouts = map(sum, zip(*self.elsewhere.values(), strict=True))
             names = ", ".join([*self.elsewhere][:_NAMED]) + ", …" * (len(self.elsewhere) > _NAMED)
             lines.append(
                 f"{norms} norms, {activations} activations, {dropouts} dropouts are called in the"
-                f" forward of other modules ({names}), which fuse_ does not change; use"
-                " fused.LinearNormAct or fused.NormAct there"
+                f" forward of other modules ({names}), which fuse_ does not change;"
+                ' torch.compile(model, backend="fused") reaches them'
             )
-        if any(entry.fused_calls or entry.unfused_calls for _, entry in entries):
-            lines.append("calls of a compiled model are not counted")
         return printable("\n".join(lines))
 
 
 def _elsewhere(model: nn.Module) -> dict[str, list[int]]:
-    """Class → norms, activations and dropouts that its modules hold outside nn.Sequentials."""
+    """Class → norms, activations and dropouts of its modules, but for the Sequentials in reach."""
     found: dict[str, list[int]] = {}
     owners, seen = [(model, type(model).__name__)], {model}
     while owners:
         module, owner = owners.pop(0)
+        reached = isinstance(module, nn.Sequential) and not convert_reason(module)
         for child in module.children():
             kind = KIND_OF.get(type(child), LINEAR)
-            if kind != LINEAR and not isinstance(module, nn.Sequential):
+            if kind != LINEAR and not reached:
                 found.setdefault(owner, [0, 0, 0])[kind - NORM] += 1
             if child not in seen:
                 seen.add(child)
@@ -95,10 +98,11 @@ def fuse_(
     where: Callable[[str, nn.Module], bool] | None = None,
     dry_run: bool = False,
 ) -> Report:
-    """Turns every plain nn.Sequential inside a model into `fused.Sequential`, in place.
+    """Turns every nn.Sequential inside a model into `fused.Sequential`, in place.
 
     Parameters, optimizer state, hooks and state_dict keys stay what they are: only the class of
-    each Sequential changes. Calling it twice changes nothing more.
+    each Sequential changes. A subclass that keeps nn.Sequential's forward becomes a class of the
+    same name, derived from it and from `fused.Sequential`. Calling it twice changes nothing more.
 
     Args:
         model: the model; itself converted when it is an nn.Sequential.
@@ -120,33 +124,27 @@ def fuse_(
         if isinstance(module, Sequential):
             report.modules[path] = module
             continue
-        chains = [s for s in make_steps(tuple(module._modules.items())) if isinstance(s, Chain)]
-        if type(module) is not nn.Sequential:
-            if chains:
-                name = type(module).__name__
-                own = type(module).forward is not nn.Sequential.forward
-                why = " with a forward of its own" if own else "; derive it from fused.Sequential"
-                report.skipped[path] = f"{name} is a subclass of nn.Sequential{why}; left as it is"
+        if not any(isinstance(s, Chain) for s in make_steps(tuple(module._modules.items()))):
             continue
-        if "forward" in module.__dict__:
-            report.skipped[path] = "its forward was replaced; left as it is"
-            continue
-        if not chains:
+        reason = convert_reason(module)
+        if reason:
+            report.skipped[path] = f"{reason}; left as it is"
             continue
         if where is not None and not where(path, module):
             report.skipped[path] = "left out by `where`"
             continue
         if not dry_run:
-            module.__class__ = Sequential
+            kind: Any = type(module)
+            object.__setattr__(module, "__class__", fused_class(kind))
         report.modules[path] = module
     return report
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
-    """Turns every `fused.Sequential` inside a model back into nn.Sequential, in place.
+    """Turns what `fuse_` converted, and every other `fused.Sequential`, back, in place.
 
     Blocks (`LinearNormAct`, `NormAct`) keep their class. Worth doing before a whole model is
-    pickled for a machine without this library.
+    pickled for a machine without this library, or meets code that compares classes exactly.
 
     Returns:
         The model.
@@ -157,7 +155,8 @@ def unfuse_(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"unfuse_: model must be an nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        if type(module) is Sequential:
+        original = original_class(type(module))
+        if original is not None:
             module.__dict__.pop("_planned", None)
-            module.__class__ = nn.Sequential  # type: ignore[assignment]
+            object.__setattr__(module, "__class__", original)
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -12,6 +12,20 @@ from .chain import Chain
 from .plan import Entry, Plan, Single, make_entry, make_steps
 
 _compiling = torch.compiler.is_dynamo_compiling
+
+
+class Planned(NamedTuple):
+    """The steps, and the children and their classes that they were made for.
+
+    One tuple, because other threads read it; in a copy or a pickle of the module it is None.
+    """
+
+    children: list[nn.Module]
+    types: list[type]
+    steps: list[Chain | Single]
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
 
 
 class Sequential(nn.Sequential):
@@ -31,9 +45,7 @@ class Sequential(nn.Sequential):
         torch.Size([4, 512])
     """
 
-    # The children and their classes that the steps were made for, and the steps; one tuple, because
-    # other threads read it.
-    _planned: tuple[list[nn.Module], list[type], list[Chain | Single]] | None = None
+    _planned: Planned | None = None
 
     def forward(self, input: Any) -> Any:
         planned = None if _compiling() else self._planned
@@ -55,7 +67,7 @@ class Sequential(nn.Sequential):
         children: list[Any] = [*self._modules.values()]
         if planned is None or planned[0] != children or planned[1] != [*map(type, children)]:
             steps = make_steps(tuple(self._modules.items()))
-            planned = children, [*map(type, children)], steps
+            planned = Planned(children, [*map(type, children)], steps)
             self.__dict__["_planned"] = planned
         return planned[2]
 
@@ -103,11 +115,6 @@ class Sequential(nn.Sequential):
 
     def __mul__(self, other: int) -> Sequential:
         return Sequential(*super().__mul__(other))
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()
-        state.pop("_planned", None)
-        return state
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Called by torch.jit.script, which would put what this returns into the caller's model."""

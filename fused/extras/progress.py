@@ -18,10 +18,11 @@ class Progress:
         name: what is going on, in a word.
         total: how many batches there will be; 0 where nobody knows.
         stream: where to show it; None is nowhere.
+        unit: what `advance` counts.
     """
 
-    def __init__(self, name: str, total: int, stream: TextIO | None) -> None:
-        self._name, self._total, self._stream = name, total, stream
+    def __init__(self, name: str, total: int, stream: TextIO | None, unit: str = "rows") -> None:
+        self._name, self._total, self._stream, self._unit = name, total, stream, unit
         self._terminal = stream is not None and stream.isatty()
         self._started = time.perf_counter()
         self._batches = self._rows = self._lines = 0
@@ -53,7 +54,7 @@ class Progress:
             full = int(_WIDTH * share)
             bar = f"{'━' * full}{'─' * (_WIDTH - full)} " if self._terminal else ""
             done = f"{bar}{share:4.0%}  "
-        return f"{elapsed:6.1f} s  {self._name} {done}{self._rows:,} rows"
+        return f"{elapsed:6.1f} s  {self._name} {done}{self._rows:,} {self._unit}"
 
     def __enter__(self) -> Progress:
         return self

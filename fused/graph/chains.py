@@ -12,7 +12,7 @@ from ..chain.grammar import ACTIVATION, DROPOUT, LINEAR, NORM, RESIDUAL, extends
 from ..chain.guard import dtypes_reason, memory_order
 from ..spec import CHANNEL_NORMS, GATED_ACTIVATIONS
 from . import written
-from .forms import Stage, stage_of, value
+from .forms import Stage, laid_out_alike, stage_of, value
 from .memory import Memory, target_name
 
 _SOFTMAX = ("softmax", "_softmax", "sparsemax")
@@ -107,6 +107,9 @@ def find(graph: fx.Graph) -> tuple[list[Found], dict[fx.Node, str]]:
             chain.nodes, chain.reads(), chain.source
         )
         found.append(chain)
+    for stage in stages.values():
+        if stage not in taken:
+            refused[stage.node] = "what it adds to is no chain, or laid out in another way"
     return found, refused
 
 
@@ -118,7 +121,8 @@ def _next(chain: Found, owner: dict[fx.Node, Stage]) -> Stage | None:
     if stage is None or not extends(chain.kinds, stage.kind):
         return None
     if stage.kind == RESIDUAL:
-        return stage
+        both = value(stage.source), value(stage.tensors["other"])
+        return stage if laid_out_alike(*both) else None
     if stage.source is not last or last in stage.tensors.values():
         return None
     return stage if _goes_with(chain, stage) else None

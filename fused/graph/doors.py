@@ -56,7 +56,8 @@ def fused(
 
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
     before = patches.get(_SETTING, getattr(inductor_config, _SETTING))
-    return compile_fx(module, inputs, config_patches={**patches, _SETTING: _after(before)})
+    compiled: Any = compile_fx(module, inputs, config_patches={**patches, _SETTING: _after(before)})
+    return compiled
 
 
 @cache

@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from ..chain.grammar import ACTIVATION, DROPOUT, LINEAR, NORM, RESIDUAL
 from ..run.recording import is_plain
 from ..spec import ACTIVATIONS, default_eps
 
+_TORCH = str(Path(torch.__file__).parent)
 CALLS = ("call_function", "call_method")
 
 
@@ -69,12 +71,14 @@ def value(node: object) -> Any:
 
 
 def place(node: fx.Node) -> str:
-    """Where in the source a call is: the innermost line of its model, as file:line."""
-    lines = [line for line in (node.stack_trace or "").splitlines() if "File " in line]
-    if not lines:
-        return "unknown place"
-    file, _, rest = lines[-1].partition('", line ')
-    return file.partition('"')[2] + ":" + rest.partition(",")[0]
+    """Where in the source a call is, as file:line: the innermost line that is not torch's."""
+    found = "unknown place"
+    for line in (node.stack_trace or "").splitlines():
+        file, _, rest = line.partition('", line ')
+        file = file.partition('"')[2]
+        if rest and not file.startswith(_TORCH):
+            found = f"{file}:{rest.partition(',')[0]}"
+    return found
 
 
 def arguments(node: fx.Node, names: Iterable[str], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -188,6 +192,17 @@ def same(a: Iterable[Any], b: Iterable[Any]) -> bool:
     return len(a) == len(b) and all(
         statically_known_true(m == n) for m, n in zip(a, b, strict=True)
     )
+
+
+def laid_out_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have the same strides."""
+    # The stride of a dimension of one element means nothing.
+    both = [
+        (m, n)
+        for m, n, size in zip(a.stride(), b.stride(), a.shape, strict=True)
+        if not (isinstance(size, int) and size == 1)
+    ]
+    return same((m for m, _ in both), (n for _, n in both))
 
 
 def _plain_numbers(stage: Stage, *names: str) -> str:

@@ -12,7 +12,7 @@ from ..chain.grammar import DROPOUT
 from . import policy
 from .call import arguments_of, fused_chain
 from .chains import Found, find
-from .forms import place, same, stage_of, value
+from .forms import Stage, laid_out_alike, place, same, stage_of, value
 from .written import is_cast
 
 # Says of each chain, at level INFO, whether it became one operation, and why not.
@@ -51,15 +51,23 @@ def rewrite(graph: fx.Graph, rest: str) -> list[Found]:
     return done
 
 
-def remove_identities(graph: fx.Graph) -> None:
-    """Dropout that does not drop is its input."""
-    for node in [*graph.nodes]:
+def identities(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Each dropout that does not drop → its input."""
+    found = {}
+    for node in graph.nodes:
         stage = stage_of(node)
-        if isinstance(stage, str) or stage is None or stage.kind != DROPOUT:
+        if not isinstance(stage, Stage) or stage.kind != DROPOUT:
             continue
         if stage.numbers["p"] == 0 or not stage.numbers["training"]:
-            node.replace_all_uses_with(stage.source)
-            graph.erase_node(node)
+            found[node] = stage.source
+    return found
+
+
+def remove_identities(graph: fx.Graph) -> None:
+    """Dropout that does not drop becomes its input."""
+    for node in identities(graph):
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        graph.erase_node(node)
 
 
 def _erase(graph: fx.Graph, nodes: list[fx.Node]) -> None:
@@ -86,11 +94,4 @@ def difference(chain: Found, arguments: tuple[Any, ...]) -> str:
     old = value(chain.last)
     if new.dtype != old.dtype or not same(new.shape, old.shape):
         return f"the result would be {new.dtype} {tuple(new.shape)}"
-    # The stride of a dimension of one element means nothing.
-    strides = [
-        (a, b)
-        for a, b, size in zip(new.stride(), old.stride(), old.shape, strict=True)
-        if not (isinstance(size, int) and size == 1)
-    ]
-    alike = same((a for a, _ in strides), (b for _, b in strides))
-    return "" if alike else "the result would be laid out in another way"
+    return "" if laid_out_alike(new, old) else "the result would be laid out in another way"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -105,7 +105,12 @@ def rms_norm(root: fx.Node) -> Stage | None:
         dims = given.get("dim")
         dims = tuple(dims) if isinstance(dims, list | tuple) else (dims,)
         product = _only_reader(root)
-        if value(x) is None or value(product) is None or given.get("keepdim") is not True:
+        if (
+            product is None
+            or value(x) is None
+            or value(product) is None
+            or given.get("keepdim") is not True
+        ):
             continue
         if dims not in ((-1,), (value(x).dim() - 1,)):
             continue
@@ -185,10 +190,14 @@ def _half_of_one_plus(inner: fx.Node, x: Any) -> tuple[fx.Node, list[fx.Node]] |
 def gelu(node: fx.Node) -> Stage | None:
     """½ · x · (1 + erf(x / √2)), or with tanh(√(2/π) · (x + 0.044715 · x³)), as GPT-2 has it."""
     if _is(node, *_ERF):
-        x, name, inner = _scaled(node.args[0], math.sqrt(0.5)), "gelu", [node.args[0], node]
+        x, name, inner = (
+            _scaled(node.args[0], math.sqrt(0.5)),
+            "gelu",
+            [*node.all_input_nodes, node],
+        )
     elif _is(node, *_TANH):
         total = _scaled(node.args[0], math.sqrt(2 / math.pi))
-        x, name, inner = None, "gelu_tanh", [node.args[0], node]
+        x, name, inner = None, "gelu_tanh", [*node.all_input_nodes, node]
         for a, b in _operands(total, *_ADD):
             cube = _scaled(b, 0.044715)
             if _is(cube, *_POW) and _near(cube.args[1], 3) and cube.args[0] is a:
@@ -265,6 +274,15 @@ def gate(node: fx.Node, stages: dict[fx.Node, Stage]) -> Stage | None:
         inner |= {h.args[0] for h in (a, stage.source) if _is(h.args[0], *_CHUNK)}
         return _activation(name, node, first[0], sorted(inner, key=_order(node)))
     return None
+
+
+def is_gate(node: fx.Node, stages: Iterable[Stage]) -> bool:
+    """Whether a call multiplies an activation with another tensor of its shape."""
+    activations = {stage.node for stage in stages if stage.kind == ACTIVATION}
+    return any(
+        b in activations and value(a) is not None and same(value(a).shape, value(b).shape)
+        for a, b in _operands(node, *_MUL)
+    )
 
 
 def _order(node: fx.Node) -> Callable[[fx.Node], int]:

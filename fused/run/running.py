@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .recording import is_compiling
+from .recording import is_dynamo_compiling
 
 
 @dataclass(eq=False, slots=True)
@@ -68,7 +68,7 @@ def update_running(
     """
     running_mean, running_var = norm.running_mean, norm.running_var
     assert running_mean is not None and running_var is not None
-    if not is_compiling(mean):
+    if type(mean) is Tensor and not is_dynamo_compiling():
         # As in torch, autograd takes no notice: another call of torch's own norm may hold them.
         running_mean, running_var = running_mean.data, running_var.data
     if count.numel():
