@@ -5,8 +5,9 @@
 
 A training step is forward, a mean square error and backward to new gradients; an inference call is
 forward in evaluation mode. All providers call the same module, whose parameters they share, in
-turns (timing.py). A model is measured with its own dropout and without, and what a provider gives
-without dropout is compared with what eager torch gives before it is timed.
+turns (timing.py); on one thread of a CPU times are CPU time. A model is measured with its own
+dropout and without, and what a provider gives without dropout is compared with what eager torch
+gives before it is timed.
 """
 
 from __future__ import annotations
@@ -188,7 +189,8 @@ def measure_model(
         times: dict[tuple[str, str], list[float]] = {}
         if passed:
             inputs: list[Any] = [None]
-            times, _ = time_in_turns(passed, inputs, Clock(machine.device), seconds)
+            clock = Clock(machine.device, own=machine.device == "cpu" and machine.threads == 1)
+            times, _ = time_in_turns(passed, inputs, clock, seconds)
     own = {way: rounds for (way, mode), rounds in times.items() if mode != "backward"}
     cell = {"model": name, "dropout": p if training else 0.0}
     cell["mode"] = "training" if training else "inference"
@@ -208,11 +210,12 @@ def measure_model(
     return rows
 
 
-def cases(name: str, only: str | None) -> list[tuple[float, bool]]:
-    """Dropout and training: with its own, without, and at inference."""
-    own = KNOWN[name][1]
-    found = [(p, True) for p in dict.fromkeys((own, 0.0))] + [(0.0, False)]
-    return [case for case in found if not only or re.search(only, title(name, *case))]
+def cases(names: Sequence[str], only: str | None) -> list[tuple[str, float, bool]]:
+    """Model, dropout and training: all with their own, all without, all at inference."""
+    own = [(name, KNOWN[name][1], True) for name in names]
+    others = [(name, 0.0, training) for training in (True, False) for name in names]
+    found = dict.fromkeys(own + others)
+    return [case for case in found if not only or re.search(only, title(*case))]
 
 
 def title(name: str, p: float, training: bool) -> str:
@@ -237,16 +240,14 @@ def run_models(given: argparse.Namespace) -> bool:
         torch.set_num_threads(threads)
         warm_up_compiler()
         machine = this_machine(given.device)
-        for name in given.models:
-            for p, training in cases(name, given.only):
-                if time.monotonic() - started > given.max_seconds:
-                    print(f"models: stopped by its time limit before {name}", flush=True)
-                    return fine
-                own = (name, p, training, given.providers, given.seconds, machine)
-                rows = measure_model(*own)
-                kept = results.by_key((*results.read(path, ModelRow), *rows), KEY)
-                results.write(path, kept.values(), ModelRow)
-                elapsed = time.monotonic() - started
-                print(f"{elapsed:6.0f} s  {threads} threads  {describe(rows)}", flush=True)
-                fine &= not any(r.refused for r in rows)
+        for case in cases(given.models, given.only):
+            if time.monotonic() - started > given.max_seconds:
+                print(f"models: stopped by its time limit before {title(*case)}", flush=True)
+                return fine
+            rows = measure_model(*case, given.providers, given.seconds, machine)
+            kept = results.by_key((*results.read(path, ModelRow), *rows), KEY)
+            results.write(path, kept.values(), ModelRow)
+            elapsed = time.monotonic() - started
+            print(f"{elapsed:6.0f} s  {threads} threads  {describe(rows)}", flush=True)
+            fine &= not any(r.refused for r in rows)
     return fine
