@@ -17,8 +17,8 @@ BASELINES = ("eager", "compile")
 ABOUT = (
     'How many times faster `backend="fused"` and `backend="fused_eager"` are than eager PyTorch'
     f" / than `torch.compile` alone; {LOSING} marks less than 1. One training step, or one call in"
-    " evaluation mode; dropout is the model's own or none. A first call has empty caches on disk, in"
-    " a process that has compiled another model; providers come in the order of the columns, and"
+    " evaluation mode; dropout is the model's own or none. A first call has empty caches on disk,"
+    " in a process that has compiled another model; providers come in the order of the columns, and"
     " what the process keeps in memory helps the later ones."
 )
 
