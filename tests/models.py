@@ -130,11 +130,12 @@ MODELS: dict[str, Callable[[float], Any]] = {
 }
 # Those that have none, or whose builder ignores it.
 WITHOUT_DROPOUT = ("llama", "hf convnext", "sb3 policy", "sb3 create_mlp", "resnet", "convnext")
-# How many chains the pass takes of each in training, at least.
-CHAINS = {
-    **{"mlp layer": 3, "mlp batch": 3, "bert": 5, "vit": 5, "llama": 4, "gpt2": 3, "t5": 7},
-    **{"hf convnext": 2, "x_transformers encoder": 2, "x_transformers decoder": 3, "pyg mlp": 2},
-    **{"graph sage": 2, "sb3 policy": 4, "sb3 create_mlp": 2, "tabm": 3, "unet": 6},
-    **{"transformer": 4, "transformer, norm first": 2, "resnet": 5, "convnext": 2, "mixer": 6},
-    **{"mobilenet": 5},
+# How many stages (Linear, norm, activation, dropout, residual) of each the pass takes in training,
+# at least.
+STAGES = {
+    **{"mlp layer": 12, "mlp batch": 12, "bert": 14, "vit": 13, "llama": 5, "gpt2": 7, "t5": 14},
+    **{"hf convnext": 4, "x_transformers encoder": 10, "x_transformers decoder": 4, "pyg mlp": 8},
+    **{"graph sage": 4, "sb3 policy": 8, "sb3 create_mlp": 6, "tabm": 6, "unet": 12},
+    **{"transformer": 20, "transformer, norm first": 9, "resnet": 10, "convnext": 4, "mixer": 20},
+    **{"mobilenet": 13},
 }
