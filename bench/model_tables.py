@@ -132,7 +132,8 @@ def draw(rows: Sequence[ModelRow], path: Path, about: str) -> None:
         grid(panel, f"{mode}, {threads} thread{'s' * (threads > 1)}", names, labels)
         heat_map(panel, values)
     title = "Whole models: how many times faster; framed in red: slower"
-    figure.suptitle(f"{title}\n{about}", fontsize=10)
+    lines_of_caption = about.replace("; ", "\n", 1)  # one panel alone is narrow
+    figure.suptitle(f"{title}\n{lines_of_caption}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
