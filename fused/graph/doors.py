@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import fx
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -51,13 +52,11 @@ def fused(
     Args:
         mode, options: Inductor's, as torch.compile takes them.
     """
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
-    before = patches.get(_SETTING, getattr(inductor_config, _SETTING))
-    compiled: Any = compile_fx(module, inputs, config_patches={**patches, _SETTING: _after(before)})
-    return compiled
+    given = options or {}
+    before = given.get(_SETTING, getattr(inductor_config, _SETTING))
+    # torch's own wrapper reads and checks what it is given, as it does for backend="inductor".
+    compile = torch._TorchCompileInductorWrapper(mode, {**given, _SETTING: _after(before)}, None)
+    return compile(module, inputs)
 
 
 @cache

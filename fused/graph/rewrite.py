@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from . import policy
 from .call import arguments_of, fused_chain
 from .chains import Found, find
 from .forms import Stage, laid_out_alike, place, same, stage_of, value
+from .memory import target_name
 from .written import is_cast
 
 # Says of each chain, at level INFO, whether it became one operation, and why not.
@@ -81,6 +84,17 @@ def _erase(graph: fx.Graph, nodes: list[fx.Node]) -> None:
         graph.erase_node(node)
 
 
+def _autocast(node: fx.Node) -> list[torch.autocast]:
+    """The regions of autocast that a node stands in, the outermost first."""
+    regions: list[fx.Node] = []
+    for earlier in takewhile(lambda other: other is not node, node.graph.nodes):
+        if target_name(earlier) == "_enter_autocast":
+            regions.append(earlier)
+        elif target_name(earlier) == "_exit_autocast":
+            regions.remove(earlier.args[0])
+    return [torch.autocast(*region.args) for region in regions]
+
+
 def difference(chain: Found, arguments: tuple[Any, ...]) -> str:
     """In what the call's result would not be like the chain's; empty where it would."""
     tensors = [value(a) if isinstance(a, fx.Node) else a for a in arguments]
@@ -89,7 +103,9 @@ def difference(chain: Found, arguments: tuple[Any, ...]) -> str:
     mode = getattr(tensors[0], "fake_mode", None)
     if mode is None:
         return "the compiler does not know its input"
-    with mode, torch.no_grad():
+    with ExitStack() as around:
+        for context in (mode, torch.no_grad(), *_autocast(chain.last)):
+            around.enter_context(context)
         new = fused_chain(*tensors)
     old = value(chain.last)
     if new.dtype != old.dtype or not same(new.shape, old.shape):
