@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import run_python
 from reach import Log, equal_to_eager
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import _recursive_pre_grad_passes
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils.checkpoint import checkpoint
 
+import fused
+
 N = 16
+
+
+def full(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.full)
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +196,7 @@ class Autocast(nn.Module):
                 return F.relu(self.norm(h.float()))
 
 
-@pytest.mark.parametrize("backend", ["fused", "fused_eager"])
+@pytest.mark.parametrize("backend", [full("fused"), "fused_eager"])
 def test_autocast_inside_the_model_has_eagers_dtypes(backend: str, log: Log) -> None:
     x = torch.randn(32, N, requires_grad=True)
     equal_to_eager(Autocast(), x, backend=backend, tolerance=3e-2)
@@ -203,11 +216,197 @@ def test_images_of_open_sizes_can_be_trained(backend: str, log: Log) -> None:
 
     model = Block().double()
     compiled = torch.compile(copy.deepcopy(model), backend=backend, dynamic=True)
-    for size in (6, 9):
-        x = torch.randn(2, 3, size, size + 1, dtype=torch.float64, requires_grad=True)
-        for a, b in zip(step(compiled, x), step(model, x), strict=True):
-            torch.testing.assert_close(a, b)
+    x = torch.randn(2, 3, 6, 7, dtype=torch.float64, requires_grad=True)
+    for a, b in zip(step(compiled, x), step(model, x), strict=True):
+        torch.testing.assert_close(a, b)
     reason = "the compiler leaves the sizes of the images open"
     # Inductor cannot, eager torch can.
     assert (log.left.get("batch → relu") == reason) == (backend == "fused")
     assert ("batch → relu" in log.fused) == (backend == "fused_eager")
+
+
+# ---- into Inductor's own ----
+
+
+def before_autograd(module: Any, inputs: Any) -> Any:
+    """A backend: what Inductor does before autograd, and nothing else of it."""
+    return _recursive_pre_grad_passes(module, inputs).forward
+
+
+def compiled_again(log: Log) -> list[str]:
+    """The chains that are taken where somebody calls torch.compile now."""
+    torch._dynamo.reset()
+    log.fused.clear()
+    x = rows()
+    model = block(nn.LayerNorm)
+    compiled = torch.compile(copy.deepcopy(model), backend=before_autograd)
+    for a, b in zip(step(compiled, x), step(model, x), strict=True):
+        torch.testing.assert_close(a, b)
+    return log.fused
+
+
+TAKEN_AGAIN = ["linear → layer → gelu"]
+
+
+class Named(CustomGraphPass):
+    """A pass of somebody else, which Inductor's caches may know."""
+
+    def __init__(self, name: str | None, calls: list[str | None]) -> None:
+        self.name, self.calls = name, calls
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        # It runs first, and sees the model's own calls.
+        assert any(node.target is F.layer_norm for node in graph.nodes)
+        self.calls.append(self.name)
+
+    def uuid(self) -> str | None:
+        return self.name
+
+
+def setting() -> Any:
+    return inductor_config.pre_grad_custom_pass
+
+
+def test_a_block_and_a_call_put_the_pass_into_inductor(log: Log) -> None:
+    with inductor_config.patch(pre_grad_custom_pass=None):
+        assert compiled_again(log) == []
+        with fused.inductor():
+            assert compiled_again(log) == TAKEN_AGAIN
+        assert setting() is None and compiled_again(log) == []
+        fused.inductor()
+        assert compiled_again(log) == TAKEN_AGAIN
+        with fused.inductor(), fused.inductor():
+            assert compiled_again(log) == TAKEN_AGAIN
+        assert compiled_again(log) == TAKEN_AGAIN
+
+
+def test_an_exception_ends_the_block() -> None:
+    with pytest.raises(KeyError), fused.inductor():
+        raise KeyError
+    assert setting() is None
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_pass_that_is_set_already_runs_too_and_is_set_again(several: bool, log: Log) -> None:
+    calls: list[str | None] = []
+    before: Any = Named("first", calls)
+    if several:
+        before = [before, Named("second", calls)]
+    with inductor_config.patch(pre_grad_custom_pass=before):
+        with fused.inductor(), fused.inductor():
+            assert compiled_again(log) == TAKEN_AGAIN
+        assert calls == ["first", "second"][: 1 + several]
+        assert setting() is before
+
+
+def test_the_key_of_caches_changes_with_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key() -> Any:
+        with fused.inductor():
+            return setting().uuid()
+
+    found = [key()]
+    assert key() == found[0]
+    with fused.use_backend("reference"):
+        found.append(key())
+    monkeypatch.setenv("FUSED_BACKEND", "reference")
+    found.append(key())
+    monkeypatch.setenv("FUSED_ANYTHING", "1")
+    found.append(key())
+    for name in "first", "second":
+        with inductor_config.patch(pre_grad_custom_pass=Named(name, [])):
+            found.append(key())
+    assert len(set(found)) == len(found) and None not in found
+    with inductor_config.patch(pre_grad_custom_pass=lambda graph: None):
+        assert key() is None
+
+
+@pytest.fixture
+def cached(tmp_path: Path) -> Iterator[Callable[[], dict[str, int]]]:
+    """Compiles with caches in an empty folder, and says how often AOTAutograd's was asked."""
+
+    def compiled(backend: str) -> dict[str, int]:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        torch.manual_seed(0)
+        model, x = block(nn.LayerNorm), rows()
+        found = step(torch.compile(copy.deepcopy(model), backend=backend), x)
+        for a, b in zip(found, step(model, x), strict=True):
+            torch.testing.assert_close(a, b)
+        counted = torch._dynamo.utils.counters["aot_autograd"]
+        return {name: n for name in CACHED if (n := counted[f"autograd_cache_{name}"])}
+
+    with (
+        inductor_config.patch(fx_graph_cache=True),
+        torch._functorch.config.patch(enable_autograd_cache=True),
+        mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)),
+    ):
+        yield compiled
+
+
+CACHED = ("hit", "miss", "bypass")
+knows_passes = pytest.mark.skipif(
+    not hasattr(inductor_config, "pre_grad_pass_timing"),
+    reason="torch 2.11 runs the pass before it looks into its caches, and bypasses AOTAutograd's",
+)
+
+
+@knows_passes
+@pytest.mark.parametrize("backend", ["inductor", "fused"])
+def test_caches_know_the_pass(
+    backend: str, cached: Callable[..., Any], log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled() -> tuple[dict[str, int], list[str]]:
+        log.fused.clear()
+        if backend == "fused":
+            return cached(backend), [*log.fused]
+        with fused.inductor():
+            return cached(backend), [*log.fused]
+
+    assert compiled() == ({"miss": 1}, TAKEN_AGAIN)
+    assert compiled() == ({"hit": 1}, [])
+    monkeypatch.setenv("FUSED_BACKEND", "auto")
+    assert compiled() == ({"miss": 1}, TAKEN_AGAIN)
+    # A pass without uuid() runs before torch looks into its caches, and ours with it.
+    with inductor_config.patch(pre_grad_custom_pass=lambda graph: None):
+        assert compiled() == ({"bypass": 1}, TAKEN_AGAIN)
+
+
+PROCESS = """
+import fused, json, torch
+from torch import nn
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU()).double()
+x = torch.randn(6, 16, dtype=torch.float64)
+wanted = model(x)
+with fused.inductor():
+    found = torch.compile(model)(x)
+torch.testing.assert_close(found, wanted)
+gradients = [torch.autograd.grad(y.square().sum(), [*model.parameters()]) for y in (found, wanted)]
+torch.testing.assert_close(*gradients)
+print(json.dumps(torch._dynamo.utils.counters["aot_autograd"]))
+"""
+
+
+@knows_passes
+@pytest.mark.full
+def test_another_process_finds_what_was_compiled(tmp_path: Path) -> None:
+    def run(backend: str) -> dict[str, int]:
+        done = run_python(PROCESS, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), FUSED_BACKEND=backend)
+        assert done.returncode == 0, done.stderr
+        counted = json.loads(done.stdout)
+        return {name: n for name in CACHED if (n := counted.get(f"autograd_cache_{name}", 0))}
+
+    found = [run(backend) for backend in ("auto", "auto", "reference")]
+    assert found == [{"miss": 1}, {"hit": 1}, {"miss": 1}]
+
+
+def test_importing_fused_imports_no_compiler() -> None:
+    done = run_python(
+        "import fused, sys\n"
+        "assert not {'torch._dynamo', 'torch._inductor.config'} & {*sys.modules}\n"
+        "from fused import inductor\n"
+        "assert inductor is fused.inductor and 'torch._inductor.config' in sys.modules\n"
+        "assert not hasattr(fused, 'nothing')"
+    )
+    assert done.returncode == 0, done.stderr

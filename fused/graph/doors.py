@@ -19,7 +19,7 @@ from torch import fx
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from ..backends import backend
+from ..backends import backend, gemm
 from .rewrite import rewrite
 
 _PACKAGE = Path(__file__).parent.parent
@@ -61,10 +61,12 @@ def fused(
 
 @cache
 def _sources() -> str:
-    """What all of this package's Python says."""
+    """What all of this package's Python says, and which libraries were built."""
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(path.read_bytes())
+    for path in sorted(_PACKAGE.rglob("*.so")):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
     return digest.hexdigest()
 
 
@@ -88,7 +90,7 @@ class Pass(CustomGraphPass):
         if None in earlier:
             return None
         settings = sorted(item for item in os.environ.items() if item[0].startswith("FUSED_"))
-        own = _sources(), backend.requested(), settings, backend.cpu_isa()
+        own = _sources(), backend.requested(), settings, backend.cpu_isa(), gemm.enabled
         return f"fused-lnad {own} {earlier}"
 
 

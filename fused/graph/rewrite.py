@@ -92,7 +92,8 @@ def _autocast(node: fx.Node) -> list[torch.autocast]:
             regions.append(earlier)
         elif target_name(earlier) == "_exit_autocast":
             regions.remove(earlier.args[0])
-    return [torch.autocast(*region.args) for region in regions]
+    arguments: list[Any] = [region.args for region in regions]
+    return [torch.autocast(*given) for given in arguments]
 
 
 def difference(chain: Found, arguments: tuple[Any, ...]) -> str:
