@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from unittest import mock
 
@@ -168,6 +169,26 @@ def test_another_batch_size_makes_no_more_graphs(dynamic: bool | None, log: Log)
     assert "linear → batch → gelu" in log.fused
 
 
+def test_momentum_none_breaks_the_graph_as_ever(log: Log) -> None:
+    model = nn.Sequential(nn.Linear(N, N), nn.BatchNorm1d(N, momentum=None), nn.ReLU()).double()
+    equal_to_eager(model, rows())
+    assert "batch → relu" not in " ".join(log.fused)
+    for backend in ("eager", "fused_eager"):
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+            torch.compile(model, backend=backend, fullgraph=True)(rows())
+
+
+def test_dropout_has_a_mask_of_its_own(log: Log) -> None:
+    model, x = nn.Sequential(nn.ReLU(), nn.Dropout()), torch.ones(64, N)
+    masks = []
+    for call in (model, torch.compile(model, backend="fused_eager"), fused.Sequential(*model)):
+        torch.manual_seed(0)
+        masks.append(call(x) == 0)
+    assert log.fused == ["relu → dropout"]
+    assert not torch.equal(masks[0], masks[1]) and torch.equal(masks[1], masks[2])
+
+
 def test_a_checkpoint_and_a_graph_break(log: Log) -> None:
     class Parts(nn.Module):
         def __init__(self) -> None:
@@ -280,6 +301,17 @@ def test_a_block_and_a_call_put_the_pass_into_inductor(log: Log) -> None:
         assert compiled_again(log) == TAKEN_AGAIN
 
 
+def test_what_is_compiled_again_after_the_block_is_inductors(log: Log) -> None:
+    model, x = block(nn.LayerNorm), rows()
+    compiled = torch.compile(model, backend=before_autograd, dynamic=False)
+    with fused.inductor():
+        compiled(x)
+    compiled(x)
+    assert log.fused == TAKEN_AGAIN
+    compiled(rows(7))
+    assert log.fused == TAKEN_AGAIN
+
+
 def test_an_exception_ends_the_block() -> None:
     with pytest.raises(KeyError), fused.inductor():
         raise KeyError
@@ -366,9 +398,11 @@ def test_caches_know_the_pass(
     assert compiled() == ({"hit": 1}, [])
     monkeypatch.setenv("FUSED_BACKEND", "auto")
     assert compiled() == ({"miss": 1}, TAKEN_AGAIN)
-    # A pass without uuid() runs before torch looks into its caches, and ours with it.
-    with inductor_config.patch(pre_grad_custom_pass=lambda graph: None):
-        assert compiled() == ({"bypass": 1}, TAKEN_AGAIN)
+    # A pass without uuid() runs before torch looks into its caches, and ours with it; so does
+    # every pass in torch 2.11.
+    for how in ({"pre_grad_custom_pass": lambda graph: None}, {"pre_grad_pass_timing": "early"}):
+        with inductor_config.patch(how):
+            assert compiled() == ({"bypass": 1}, TAKEN_AGAIN)
 
 
 PROCESS = """
@@ -410,3 +444,66 @@ def test_importing_fused_imports_no_compiler() -> None:
         "assert not hasattr(fused, 'nothing')"
     )
     assert done.returncode == 0, done.stderr
+
+
+def operators(call: Callable[[], Any]) -> set[str]:
+    """The operators of this library that a call runs."""
+    with torch.profiler.profile() as seen:
+        call()
+    return {event.key for event in seen.key_averages() if "fused_lnad" in event.key}
+
+
+@pytest.mark.parametrize("backend", ["fused", "fused_eager"])
+def test_a_request_after_compiling(backend: str) -> None:
+    model, x = block(nn.LayerNorm), rows(grad=False)
+    wanted = model(x)
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        assert operators(lambda: compiled(x))
+        with fused.use_backend("reference"):
+            torch.testing.assert_close(compiled(x), wanted)
+            # What Inductor has compiled stays; without it each call looks.
+            assert bool(operators(lambda: compiled(x))) == (backend == "fused")
+        torch._dynamo.reset()
+        with fused.use_backend("reference"):
+            compiled(x)
+        assert operators(lambda: compiled(x)) == set()
+
+
+@knows_passes
+def test_the_pass_is_in_inductor_for_the_thread_that_asks(log: Log) -> None:
+    found = []
+    with fused.inductor():
+        thread = Thread(target=lambda: found.append(setting()))
+        thread.start()
+        thread.join()
+    assert found == [None]
+
+
+@pytest.mark.full
+def test_hugging_face_trainer(tmp_path: Path, log: Log) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
+    p = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(**sizes, **layers, **p)
+    model = transformers.BertForSequenceClassification(config)
+    samples = [
+        {"input_ids": torch.randint(0, 50, (8,)), "labels": torch.tensor(i % 2)} for i in range(8)
+    ]
+
+    def loss(compile: bool) -> float:
+        how = {"max_steps": 2, "per_device_train_batch_size": 4, "torch_compile": compile}
+        quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+        arguments = transformers.TrainingArguments(str(tmp_path), **how, **quiet)
+        own = copy.deepcopy(model)
+        trained = transformers.Trainer(model=own, args=arguments, train_dataset=samples).train()
+        return trained.training_loss
+
+    wanted = loss(False)
+    assert log.fused == []
+    with fused.inductor():
+        found = loss(True)
+    assert log.fused == ["linear → gelu", "linear → tanh"]
+    assert found == pytest.approx(wanted, rel=1e-5)

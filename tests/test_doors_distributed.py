@@ -5,7 +5,6 @@ Two processes with gloo are started once for each backend and make all the check
 
 from __future__ import annotations
 
-import copy
 import logging
 import traceback
 from collections.abc import Callable
@@ -30,7 +29,7 @@ TAKEN = ("linear → layer → gelu", "linear → batch → relu")
 
 
 class Block(nn.Module):
-    """Of a class that is not torch's: after the hooks of FSDP, Dynamo skips torch's own forwards."""
+    """No nn.Sequential: behind the hooks of FSDP, Dynamo skips the forwards of torch itself."""
 
     def __init__(self, norm: nn.Module, activation: nn.Module) -> None:
         super().__init__()

@@ -29,7 +29,9 @@ _SETTING = "pre_grad_custom_pass"
 def fused_eager(module: fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
     """torch.compile(backend="fused_eager"): chains by our kernels, the rest by eager torch.
 
-    It compiles nothing, so that a model starts in a second. Options are not used.
+    It compiles nothing, so that a model starts in a second. Options are not used. A chain that was
+    taken follows `use_backend` at every call; one that was left when the reference was asked for
+    stays torch's.
     """
     # Graphs inside it are those of checkpointing, for one.
     for part in module.modules():
@@ -48,6 +50,8 @@ def fused(
     options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """torch.compile(backend="fused"): chains by our kernels, the rest by Inductor.
+
+    What `use_backend` asks for while it compiles holds for what is compiled.
 
     Args:
         mode, options: Inductor's, as torch.compile takes them.
@@ -106,9 +110,10 @@ def _after(before: Any) -> Pass:
 class inductor:
     """Puts the pass into Inductor, for torch.compile calls that somebody else makes.
 
-    From the call on, and in a `with` block until its end, whatever is compiled by Inductor runs
-    its chains by our kernels; what was compiled stays so. A pass that is set already runs first,
-    and is what is set again afterwards.
+    From the call on, and in a `with` block until its end, whatever this thread compiles by Inductor
+    runs its chains by our kernels; what was compiled stays so, and what is compiled again outside
+    the block is Inductor's. A pass that is set already runs first, and is what is set again
+    afterwards.
 
     Example:
         >>> with fused.inductor():
