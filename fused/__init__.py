@@ -17,6 +17,7 @@ from .extras.fold import FoldReport, fold_
 from .extras.scaler import FeatureScaler
 from .nn import (
     MLP,
+    AddNorm,
     BatchNorm,
     ChannelDropout,
     GeGLU,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MLP",
+    "AddNorm",
     "BatchNorm",
     "Call",
     "ChannelDropout",

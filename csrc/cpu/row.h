@@ -36,6 +36,8 @@ struct RowForward : RowProblem {
 struct RowBackward : RowProblem {
   const void* dy = nullptr;
   int64_t dy_stride = 0;
+  const void* added = nullptr;  // under a norm: what dz gets from elsewhere; may be null
+  int64_t added_stride = 0;
   void* dz = nullptr;
   const void* mean = nullptr;
   const void* rstd = nullptr;

@@ -27,7 +27,6 @@ _ROOT = (torch.rsqrt, "rsqrt")
 _TANH = (torch.tanh, "tanh")
 _ERF = (torch.erf, "erf", torch.special.erf)
 _CHUNK = (torch.chunk, "chunk", torch.split, "split", torch.functional.split)
-_VECTOR = 1
 
 
 def _is(node: Any, *targets: Any) -> bool:

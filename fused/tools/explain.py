@@ -17,7 +17,6 @@ from ..chain.convert import fuse_
 from ..chain.grammar import ACTIVATION, DROPOUT, LINEAR, NORM, RESIDUAL
 from ..chain.plan import make_steps, printable
 from ..graph import policy
-from ..graph.call import arguments_of
 from ..graph.chains import Found, find
 from ..graph.forms import FORMS, Stage, place, value
 from ..graph.rewrite import difference, identities, remove_identities
@@ -203,7 +202,7 @@ def _calls(graph: fx.Graph, reached: set[str]) -> Iterator[Call]:
 
 def _reason(chain: Found, rest: str) -> str:
     reason = chain.reason or policy.reason(chain, rest)
-    return reason or difference(chain, arguments_of(chain))
+    return reason or difference(chain)
 
 
 def _call(
