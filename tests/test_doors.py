@@ -504,5 +504,5 @@ def test_hugging_face_trainer(tmp_path: Path, log: Log) -> None:
     assert log.fused == []
     with fused.inductor():
         found = loss(True)
-    assert log.fused == ["linear → gelu", "linear → tanh"]
+    assert {"linear → residual → layer", "linear → gelu"} <= {*log.fused}
     assert found == pytest.approx(wanted, rel=1e-5)
