@@ -152,10 +152,12 @@ def self_test(
     """
     inputs = _inputs(operation, norm, dtype, device)
     training = mode == "training"
-    activation = GATE_OF[norm] if operation == GATE else ACTIVATION_OF[norm]
-    activation = None if operation == ADD_NORM else activation
+    activation: str | None = GATE_OF[norm] if operation == GATE else ACTIVATION_OF[norm]
+    if operation == ADD_NORM:
+        activation = None
     eps = default_eps(norm, None, dtype)
-    call = {"norm_act": norm_act, ADD_NORM: _add_norm}.get(operation, linear_norm_act)
+    calls: dict[str, Callable[..., Tensor]] = {"norm_act": norm_act, ADD_NORM: _add_norm}
+    call = calls.get(operation, linear_norm_act)
     options: dict[str, Any] = {
         "norm": norm,
         "eps": eps,
