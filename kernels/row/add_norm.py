@@ -34,15 +34,17 @@ def add_norm_forward(
         norm, eps, threshold: as `spec.Spec.row` has them.
     """
     rows, cols = x.shape
-    affine, plain = (norm_weight, norm_bias), (0, 0.0, 0.0)
+    affine, no_activation = (norm_weight, norm_bias), (0, 0.0, 0.0)
     tile = tuning.forward_tile(cols, NORM_NAMES[norm], tuning.device(x)) if rows and cols else None
     if tile is None or tile.block_n < cols:
-        add = 0, 0.0, *plain, threshold
+        add = 0, 0.0, *no_activation, threshold
         h, _ = row_forward(x, None, None, None, residual, seed, *add)
-        y, statistics = row_forward(h, None, *affine, None, None, norm, eps, *plain, 0)
+        y, statistics = row_forward(
+            h, None, norm_weight, norm_bias, None, None, norm, eps, *no_activation, threshold=0
+        )
     else:
         h = x.new_empty((rows, cols))
-        given = (x, None, *affine, residual, seed, norm, eps, *plain, threshold)
+        given = (x, None, *affine, residual, seed, norm, eps, *no_activation, threshold)
         y, statistics = row_forward(*given, total=h)
     return y, h, statistics
 
