@@ -67,8 +67,9 @@ SOURCES: dict[str, list[str]] = {
     for family in ("channel", "row", "stages")
     for isa, flags in KERNELS.items()
 }
-HOST = ("channel", "row", "arguments", "channel_problem", "channel_backward", "channel_statistics")
-HOST += ("channel_sums", "channel_forward", "channel_coefficients", "isa", "cpu/memory")
+HOST = ("channel", "row", "gate", "arguments", "channel_problem", "channel_backward")
+HOST += ("channel_statistics", "channel_sums", "channel_forward", "channel_coefficients", "isa")
+HOST += ("cpu/memory",)
 SOURCES |= {f"csrc/{name}.cpp": [] for name in HOST}
 
 CUDA_SOURCES: dict[str, list[str]] = {

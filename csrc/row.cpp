@@ -21,16 +21,6 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Of z itself, or of another tensor with its rows and `cols` columns.
-int64_t checked_row_stride(const Tensor& tensor, const Tensor& like, int64_t cols,
-                           const char* name) {
-  FUSED_CHECK(tensor.dim() == 2 && tensor.size(0) == like.size(0) && tensor.size(1) == cols, name,
-              " must be (", like.size(0), ", ", cols, ")");
-  FUSED_CHECK(tensor.stride(1) == 1 || tensor.size(1) <= 1, name, " must have contiguous rows");
-  FUSED_CHECK(tensor.scalar_type() == like.scalar_type(), name, " must have the dtype of z");
-  return tensor.stride(0);
-}
-
 struct Scalars {
   int64_t norm;
   double eps;
@@ -59,6 +49,8 @@ void fill_problem(RowProblem& problem, const Tensor& z, const OptionalTensor& bi
   problem.stages.seed = checked_seed(scalars.threshold, seed);
   problem.z = z.data_ptr();
   problem.z_stride = checked_row_stride(z, z, problem.cols, "z");
+  problem.gate = problem.z;
+  problem.gate_stride = problem.z_stride;
   problem.bias = column_array(bias, compute, 0, problem.cols);
   problem.norm_weight = column_array(norm_weight, compute, 1, problem.cols);
   problem.norm_bias = column_array(norm_bias, compute, 2, problem.cols);
@@ -232,7 +224,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
                               sum_dtype);
   const PartialSum dbias(wanted & kWantBias, chunks, cols, sum_dtype);
   if (rows && cols) {
-    problem.dz = dz.data_ptr();
+    problem.dz = problem.dgate = dz.data_ptr();
+    problem.dz_stride = cols;
     // Without a norm the halves of dz are stored as they come, else whole rows by a second pass.
     problem.stages.streaming = worth_streaming(dz, normed ? cols : dy_cols);
     const int through = static_cast<int>(problem.stages.through);

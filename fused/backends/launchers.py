@@ -48,6 +48,8 @@ PLACES = {
     "row_forward": Place("row.forward", "row_forward"),
     "row_forward_": Place("row.forward", "row_forward", in_place=True),
     "row_backward": Place("row.backward", "row_backward"),
+    "gate_forward": Place("row.pair", "gate_forward"),
+    "gate_backward": Place("row.pair", "gate_backward"),
     "channel_apply_": Place("channel.forward", "channel_apply", in_place=True),
     **{
         f"channel_{name}": Place(f"channel.{module}", f"channel_{name}")

@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from ..chain.grammar import ACTIVATION, DROPOUT, LINEAR, NORM
 from ..chain.guard import memory_order
+from ..run.gate import gate as run_gate
 from ..run.prepare import run
 from ..run.running import ChannelNorm
 from ..spec import CHANNEL_NORMS, Spec, known_parameters, make_spec
@@ -15,7 +16,7 @@ from .chains import Found
 from .forms import value
 
 
-def fused_chain(
+def fused_chain(  # noqa: PLR0913  a graph takes no tuples of nodes as one
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -24,6 +25,7 @@ def fused_chain(
     mean: Tensor | None,
     variance: Tensor | None,
     residual: Tensor | None,
+    gate: Tensor | None,
     spec: Spec,
     momentum: float | None,
     dims: int,
@@ -33,11 +35,16 @@ def fused_chain(
 
     Args:
         mean, variance: running statistics.
+        gate: of a gate of two tensors, x · activation(gate); x itself where gate and value are its
+            halves in this order.
         momentum: the weight of new statistics in them; None: they are what is normalised with.
         dims: how many trailing dimensions a norm along rows normalises.
         order: of x's dimensions in memory, where there is neither Linear nor norm and x is not
             contiguous; else None.
     """
+    if gate is not None:
+        y = run_gate(spec, x, None if gate is x else gate)
+        return y if residual is None else residual + y
     if order is not None:
         residual = None if residual is None else residual.permute(order)
         y = run(spec, x.permute(order), residual=residual)
@@ -88,6 +95,7 @@ def arguments_of(chain: Found) -> tuple[Any, ...]:
         *(weights.get(name) for name in ("weight", "bias")),
         *(tensors.get(name) for name in ("weight", "bias", "mean", "variance")),
         chain.residual,
+        chain.gate,
         spec,
         numbers.get("momentum", 0.0) if own else None,
         len(numbers.get("shape", (0,))),

@@ -11,7 +11,7 @@ from ..backends import backend
 from ..chain.grammar import ACTIVATION, DROPOUT, LINEAR, NORM, RESIDUAL, extends, is_chain
 from ..chain.guard import dtypes_reason, memory_order
 from ..spec import CHANNEL_NORMS, GATED_ACTIVATIONS
-from . import written
+from . import gates
 from .forms import Stage, laid_out_alike, stage_of, value
 from .memory import Memory, target_name
 
@@ -60,6 +60,11 @@ class Found:
         both = stage.source, stage.tensors["other"]
         return next(node for node in both if node is not self.stages[-2].node)
 
+    @property
+    def gate(self) -> fx.Node | None:
+        """What gates the source, by its activation; the source itself: the first of its halves."""
+        return self.stages[0].tensors.get("gate")
+
     def reads(self) -> list[Any]:
         """What its call reads from outside."""
         tensors = [node for stage in self.stages for node in stage.tensors.values()]
@@ -87,7 +92,7 @@ def find(graph: fx.Graph) -> tuple[list[Found], dict[fx.Node, str]]:
                 refused[node] = reason
         elif stage is not None:
             refused[node] = stage
-    written.collect(graph, stages)
+    gates.collect(graph, stages)
     owner = {node: stage for stage in stages.values() for node in stage.nodes}
     taken: set[Stage] = set()
     found = []
@@ -104,7 +109,7 @@ def find(graph: fx.Graph) -> tuple[list[Found], dict[fx.Node, str]]:
             chain.stages = [stage]
         taken.update(chain.stages)
         chain.reason = _reason(chain) or memory.move_reason(
-            chain.nodes, chain.reads(), chain.source
+            chain.nodes, chain.reads(), (chain.source, chain.gate)
         )
         found.append(chain)
     for stage in stages.values():
@@ -133,6 +138,8 @@ def _goes_with(chain: Found, stage: Stage) -> bool:
     norm, activation = chain.part(NORM), chain.part(ACTIVATION)
     channels = norm is not None and norm.name in CHANNEL_NORMS
     gated = stage.name in GATED_ACTIVATIONS
+    if "gate" in stage.tensors:
+        return False
     if stage.kind == ACTIVATION and gated:
         return not channels and (norm is None or len(norm.numbers["shape"]) == 1)
     if stage.kind == DROPOUT and stage.name == "channels":
@@ -148,6 +155,8 @@ def _reason(chain: Found) -> str:
     # The norm reads what autocast makes of a Linear's input; its own node knows.
     read = x if norm is None else value(norm.source)
     reason = backend.reason(x.device.type, read.dtype)
+    if chain.gate is not None and backend.choose(x.device.type, x.dtype) == "cuda":
+        reason = "CUDA C++ has no gate of two tensors"
     if reason:
         return reason
     if residual is not None and value(residual).device != x.device:
@@ -160,7 +169,12 @@ def _reason(chain: Found) -> str:
             return reason or f"its eps is {norm.numbers['eps']}"
         if norm.numbers.get("written") and not dtypes <= {read.dtype, value(chain.last).dtype}:
             return _dtypes(chain, norm, dtypes, read)
-    elif chain.part(LINEAR) is None and not x.is_contiguous() and not _channelwise(chain):
+    elif (
+        chain.part(LINEAR) is None
+        and chain.gate is None
+        and not x.is_contiguous()
+        and not _channelwise(chain)
+    ):
         if chain.stages[0].name in GATED_ACTIVATIONS:
             return "its input is not contiguous, and is halved"
         if memory_order(x) is None:

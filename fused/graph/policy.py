@@ -27,7 +27,7 @@ def reason(chain: Found, rest: str) -> str:
     result = value(chain.last)
     training, cpu = result.requires_grad, result.device.type == "cpu"
     norm = chain.part(NORM)
-    if not is_chain(chain.kinds):
+    if not is_chain(chain.kinds) and chain.gate is None:
         return _alone(chain, training) if cpu else "a single call is left to torch on GPUs"
     if rest == "eager":
         return ""

@@ -22,6 +22,7 @@ from fused.kernels.gemm import channel as gemm_channel
 from fused.kernels.gemm import row as gemm_row
 from fused.kernels.row import backward as row_backward
 from fused.kernels.row import forward as row
+from fused.kernels.row import pair
 from fused.kernels.tuning import rules as tuning
 
 from fused.backends import launchers
@@ -30,7 +31,7 @@ from fused.spec import NORM_CODES
 PLACES = launchers.PLACES | launchers.LINEAR_PLACES
 MODULES = {
     module.__name__.removeprefix("fused.kernels."): module
-    for module in (channel, channel_backward, gemm_channel, gemm_row, row, row_backward)
+    for module in (channel, channel_backward, gemm_channel, gemm_row, pair, row, row_backward)
 }
 
 
