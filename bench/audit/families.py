@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import channel_family, gated_family, gemm_family, row_family
+from . import channel_family, gated_family, gemm_family, pair_family, row_family
 from .family import Family
 
 FAMILIES: list[Family] = [
@@ -13,4 +13,6 @@ FAMILIES: list[Family] = [
     gemm_family.FORWARD,
     gated_family.FORWARD,
     gated_family.BACKWARD,
+    pair_family.FORWARD,
+    pair_family.BACKWARD,
 ]
