@@ -85,16 +85,6 @@ C element_of(const Tensor& tensor, Storage storage, const void* data, int64_t i)
 
 }  // namespace
 
-int64_t checked_row_stride(const Tensor& tensor, const Tensor& like, int64_t cols,
-                           const char* name) {
-  FUSED_CHECK(tensor.dim() == 2 && tensor.size(0) == like.size(0) && tensor.size(1) == cols, name,
-              " must be (", like.size(0), ", ", cols, ")");
-  FUSED_CHECK(tensor.stride(1) == 1 || tensor.size(1) <= 1, name, " must have contiguous rows");
-  FUSED_CHECK(tensor.scalar_type() == like.scalar_type(), name,
-              " must have the dtype of the others");
-  return tensor.stride(0);
-}
-
 const void* column_array(const OptionalTensor& tensor, Storage compute, int slot, int64_t cols) {
   if (!tensor) return nullptr;
   FUSED_CHECK(tensor->numel() == cols && tensor->is_contiguous(),

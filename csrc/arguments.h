@@ -20,10 +20,6 @@ inline Storage compute_of(Storage storage) {
 }
 int32_t compute_dtype(Storage storage);
 
-// The row stride of z itself, or of another tensor with its rows and dtype and `cols` columns.
-int64_t checked_row_stride(const torch::stable::Tensor& tensor, const torch::stable::Tensor& like,
-                           int64_t cols, const char* name);
-
 // A (cols,) parameter in the compute type: itself, or converted into a buffer of this thread.
 const void* column_array(const OptionalTensor& tensor, Storage compute, int slot, int64_t cols);
 

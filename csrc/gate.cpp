@@ -1,28 +1,21 @@
 // The CPU implementations of the gate of two tensors (schemas: fused/backends/schemas.py), by the
 // row kernels of gated activations without a norm.
-#include <algorithm>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include "arguments.h"
-#include "check.h"
-#include "isa.h"
-#include "parallel.h"
+#include "row_problem.h"
 
 namespace fused {
 namespace {
-
-using torch::stable::Tensor;
 
 // Where the rows of a tensor would begin if `cols` columns lay in front of them.
 char* in_front(const Tensor& tensor, int64_t cols) {
   return static_cast<char*>(tensor.data_ptr()) - cols * tensor.element_size();
 }
 
-void fill_problem(RowProblem& problem, const Tensor& value, const Tensor& gate,
-                  const OptionalTensor& seed, int64_t activation, int64_t threshold) {
+void fill_pair(RowProblem& problem, const Tensor& value, const Tensor& gate,
+               const OptionalTensor& seed, int64_t activation, int64_t threshold) {
   FUSED_CHECK(value.dim() == 2, "value must be (rows, cols), got ", value.dim(), " dimensions");
   FUSED_CHECK(is_gated(activation), "unknown code of a gated activation ", activation);
   const int64_t cols = value.size(1);
@@ -41,7 +34,7 @@ int64_t grain_of(int64_t cols) { return std::max<int64_t>(1, kGrain / (2 * cols)
 Tensor gate_forward(Tensor value, Tensor gate, OptionalTensor seed, int64_t activation,
                     int64_t threshold) {
   RowForward problem;
-  fill_problem(problem, value, gate, seed, activation, threshold);
+  fill_pair(problem, value, gate, seed, activation, threshold);
   const int64_t rows = value.size(0), cols = value.size(1);
   Tensor y = new_tensor({rows, cols}, dtype_of(value));
   if (!rows || !cols) return y;
@@ -59,7 +52,7 @@ Tensor gate_forward(Tensor value, Tensor gate, OptionalTensor seed, int64_t acti
 std::tuple<Tensor, Tensor> gate_backward(Tensor dy, Tensor value, Tensor gate, OptionalTensor seed,
                                          int64_t activation, int64_t threshold, bool joined) {
   RowBackward problem;
-  fill_problem(problem, value, gate, seed, activation, threshold);
+  fill_pair(problem, value, gate, seed, activation, threshold);
   const int64_t rows = value.size(0), cols = value.size(1);
   problem.dy_stride = checked_row_stride(dy, value, cols, "dy");
   problem.dz_stride = joined ? 2 * cols : cols;

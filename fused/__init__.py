@@ -15,6 +15,7 @@ from .extras.fold import FoldReport, fold_
 from .extras.scaler import FeatureScaler
 from .nn import (
     MLP,
+    AddNorm,
     BatchNorm,
     ChannelDropout,
     GeGLU,
@@ -34,6 +35,7 @@ from .tools.explain import Call, Explanation, explain
 
 __all__ = [
     "MLP",
+    "AddNorm",
     "BatchNorm",
     "Call",
     "ChannelDropout",

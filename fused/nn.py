@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .chain.add_norm import AddNorm
 from .chain.block import Block, Built
 from .chain.build import make_activation, make_dropout, make_norm, named_activation
 from .chain.guard import ReLUSquared
@@ -22,6 +23,7 @@ from .spec import CHANNEL_NORMS, GATED_ACTIVATIONS, norm_name
 
 __all__ = [
     "MLP",
+    "AddNorm",
     "BatchNorm",
     "ChannelDropout",
     "Entry",

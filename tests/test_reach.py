@@ -572,7 +572,49 @@ def test_autocast_around_the_model(log: Log) -> None:
 def test_transformer_encoder_layer(log: Log) -> None:
     layer = nn.TransformerEncoderLayer(N, 2, 32, dropout=0.0, activation="gelu", batch_first=True)
     equal_to_eager(layer.double(), rows(2, 5, N))
-    assert log.fused == ["linear → gelu"]
+    assert log.fused == ["residual → layer", "linear → gelu", "linear → residual → layer"]
+
+
+class PreNorm(nn.Module):
+    """The sum of one sublayer and the norm of the next, across modules."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(norm(N) for _ in range(3))
+        self.linears = nn.ModuleList(nn.Linear(N, N) for _ in range(2))
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Any:
+        for norm, linear in zip(self.norms, self.linears, strict=False):
+            x = x + self.dropout(linear(norm(x)))
+        return self.norms[2](x), x.sum(0)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_add_and_norm_across_modules(norm: Callable[[int], nn.Module], log: Log) -> None:
+    model = PreNorm(norm).double()
+    equal_to_eager(model, rows(2, 5, N))
+    name = "layer" if norm is nn.LayerNorm else "rms"
+    assert [c for c in log.fused if "→" in c] == [f"linear → residual → {name}"] * 2
+
+
+def _sum_written_before_the_norm(m: Any, x: Tensor) -> Tensor:
+    h = x + F.linear(x, m.norm.weight.diag())
+    early = h.sin()
+    h.mul_(2)
+    return m.norm(h) + early
+
+
+def _weight_made_after_the_sum(m: Any, x: Tensor) -> Tensor:
+    h = x + F.linear(x, m.norm.weight.diag())
+    return F.layer_norm(h, (N,), m.norm.weight * h.mean())
+
+
+@pytest.mark.parametrize("function", [_sum_written_before_the_norm, _weight_made_after_the_sum])
+def test_what_comes_between_sum_and_norm(function: Callable[..., Any], log: Log) -> None:
+    with torch.no_grad():
+        equal_to_eager(Shift(function), rows(grad=False))
+    assert log.fused == []
 
 
 def test_a_tensor_of_a_subclass_is_left_alone(log: Log) -> None:

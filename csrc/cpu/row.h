@@ -38,6 +38,8 @@ struct RowForward : RowProblem {
 struct RowBackward : RowProblem {
   const void* dy = nullptr;
   int64_t dy_stride = 0;
+  const void* added = nullptr;  // under a norm: what dz gets from elsewhere; may be null
+  int64_t added_stride = 0;
   void* dz = nullptr;
   void* dgate = nullptr;
   int64_t dz_stride = 0;  // of both

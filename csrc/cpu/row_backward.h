@@ -15,18 +15,19 @@ struct RowBackwardBase : RowBase<T> {
   using typename Base::C;
   using typename Base::V;
 
-  // dz of one row from the gradient of its normalised values, and the linear bias's column sum.
+  // dz of one row from the gradient of its normalised values and what is added to it, and the
+  // linear bias's column sum.
   // The input is a copy: what a reference points to would be in memory, where each store may change
   // it.
   [[gnu::noinline]] static void finish(const RowInput<T> input, int64_t cols, T* const dz,
-                                       const C* const gradient, V mean_g, V mean_gx, C* const dbias,
-                                       bool streaming) {
+                                       const C* const gradient, V mean_g, V mean_gx,
+                                       const T* const added, C* const dbias, bool streaming) {
     Base::for_each_pack(cols, [=](int64_t start, auto count, auto n) FUSED_INLINE {
       V x[decltype(count)::value];
       input.load(x, start, n);
       each(x, start, [&](int k, int64_t i) FUSED_INLINE {
-        const V d =
-            normalize_gradient(load(gradient + i, n), x[k], mean_g, mean_gx, input.statistics);
+        V d = normalize_gradient(load(gradient + i, n), x[k], mean_g, mean_gx, input.statistics);
+        if (added) d += load(added + i, n);
         if (dbias) add_to(dbias, i, d, n);
         store_output(dz + i, d, n, streaming);
       });
@@ -114,7 +115,9 @@ struct RowBackwardKernel : RowBackwardBase<T> {
       if (!normed) continue;
       const V mean_g = broadcast<V>(centered ? sum_lanes(sum_g) * inverse : C(0));
       const V mean_gx = broadcast<V>(sum_lanes(sum_gx) * inverse);
-      Base::finish(input, cols, dz, gradient, mean_g, mean_gx, dbias, streaming);
+      const T* const added = static_cast<const T*>(problem.added);
+      Base::finish(input, cols, dz, gradient, mean_g, mean_gx,
+                   added ? added + row * problem.added_stride : nullptr, dbias, streaming);
     }
     if (streaming) fence_streaming();
   }

@@ -61,8 +61,9 @@ def _(z, bias, norm_weight, norm_bias, residual, seed, norm, eps, activation, al
     return None
 
 
-@torch.library.register_fake("fused_lnad::row_backward")
-def _(dy, z, bias, norm_weight, norm_bias, statistics, seed, wanted, norm, eps, act, a, b, t):
+def _row_gradients(
+    z: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, wanted: int
+) -> tuple[Tensor, ...]:
     def gradient(parameter: Tensor | None, bit: int) -> Tensor:
         if parameter is None or not wanted & bit:
             return z.new_empty((0,), dtype=_statistics_dtype(z))
@@ -70,10 +71,27 @@ def _(dy, z, bias, norm_weight, norm_bias, statistics, seed, wanted, norm, eps, 
 
     return (
         z.new_empty(z.shape),
-        gradient(norm_weight if norm else None, WANT_NORM_WEIGHT),
-        gradient(norm_bias if norm else None, WANT_NORM_BIAS),
+        gradient(norm_weight, WANT_NORM_WEIGHT),
+        gradient(norm_bias, WANT_NORM_BIAS),
         gradient(z, WANT_BIAS),
     )
+
+
+@torch.library.register_fake("fused_lnad::row_backward")
+def _(dy, z, bias, norm_weight, norm_bias, statistics, seed, wanted, norm, eps, act, a, b, t):
+    return _row_gradients(z, norm_weight if norm else None, norm_bias if norm else None, wanted)
+
+
+@torch.library.register_fake("fused_lnad::add_norm_forward")
+def _(x, residual, norm_weight, norm_bias, seed, norm, eps, threshold):
+    statistics = x.new_empty((STATISTICS[NORM_NAMES[norm]], x.shape[0]), dtype=_statistics_dtype(x))
+    return x.new_empty(x.shape), x.new_empty(x.shape), statistics
+
+
+@torch.library.register_fake("fused_lnad::add_norm_backward")
+def _(dy, dh, h, norm_weight, norm_bias, statistics, seed, wanted, norm, eps, threshold):
+    dx = h.new_empty(h.shape if threshold else (0,))
+    return dx, *_row_gradients(h, norm_weight, norm_bias, wanted)
 
 
 @torch.library.register_fake("fused_lnad::gate_forward")
@@ -163,7 +181,7 @@ def _(dy, z, *rest):
     return z.new_empty(z.shape)
 
 
-OPERATORS = tuple(PLACES)
+OPERATORS = (*PLACES, "add_norm_forward", "add_norm_backward")
 GPU_OPERATORS = tuple(LINEAR_PLACES)  # those without a C++ implementation
 
 # Differentiation is autograd.py's; without this, torch's fallback for operators that have none
@@ -176,6 +194,8 @@ row_forward_ = torch.ops.fused_lnad.row_forward_.default
 row_backward = torch.ops.fused_lnad.row_backward.default
 gate_forward = torch.ops.fused_lnad.gate_forward.default
 gate_backward = torch.ops.fused_lnad.gate_backward.default
+add_norm_forward = torch.ops.fused_lnad.add_norm_forward.default
+add_norm_backward = torch.ops.fused_lnad.add_norm_backward.default
 linear_row_forward = torch.ops.fused_lnad.linear_row_forward.default
 linear_channel_forward = torch.ops.fused_lnad.linear_channel_forward.default
 channel_statistics = torch.ops.fused_lnad.channel_statistics.default

@@ -11,7 +11,8 @@ from __future__ import annotations
 # back empty. dbias may be wanted without bias: z then contains it already. A gated activation
 # halves the columns: z and the parameters have 2N of them, residual, y and dy have N, over which
 # the mask lies; row_forward_ does not take one.
-_PARAMETERS = "Tensor? bias, Tensor? norm_weight, Tensor? norm_bias"
+_CHANNEL_PARAMETERS = "Tensor? norm_weight, Tensor? norm_bias"
+_PARAMETERS = f"Tensor? bias, {_CHANNEL_PARAMETERS}"
 _SCALARS = "int norm, float eps, int activation, float alpha, float beta, int threshold"
 _ROW = (
     f"row_forward(Tensor z, {_PARAMETERS}, Tensor? residual, Tensor? seed, {_SCALARS})"
@@ -25,6 +26,17 @@ _ROW = (
     f" bool save_z, {_SCALARS}) -> (Tensor y, Tensor z, Tensor statistics)",
 )
 
+# h = residual + dropout(x), y = norm(h) along the rows; dh is what h gets from elsewhere. dx comes
+# back empty, (0,), where nothing is dropped: it is dresidual.
+_ADD = "Tensor? seed, int norm, float eps, int threshold"
+_ADD_NORM = (
+    f"add_norm_forward(Tensor x, Tensor residual, {_CHANNEL_PARAMETERS}, {_ADD})"
+    " -> (Tensor y, Tensor h, Tensor statistics)",
+    f"add_norm_backward(Tensor dy, Tensor? dh, Tensor h, {_CHANNEL_PARAMETERS}, Tensor statistics,"
+    " Tensor? seed, int wanted, int norm, float eps, int threshold)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dbias)",
+)
+
 # The channel operators take contiguous z: (samples, channels, positions), or with channels_last
 # (samples, positions, channels). mean and variance (biased) are (samples, groups) for group and
 # instance norm, (1, channels) for batch norm; None without a norm. mask (samples, positions), bool,
@@ -32,7 +44,6 @@ _ROW = (
 # and come out as zero. count is (samples,), for batch norm (1,): the elements behind each
 # statistic; empty (as an argument None) where the shape says it, which is without mask.
 # channel_dropout lays the mask of dropout over (samples, channels).
-_CHANNEL_PARAMETERS = "Tensor? norm_weight, Tensor? norm_bias"
 _CHANNEL_SCALARS = (
     "int norm, int groups, bool channels_last, float eps, int activation, float alpha, float beta,"
     " int threshold, bool channel_dropout"
@@ -77,4 +88,4 @@ _GATE = (
     f"gate_backward(Tensor dy, {_PAIR}, bool joined) -> (Tensor dvalue, Tensor dgate)",
 )
 
-SCHEMAS = {schema.partition("(")[0]: schema for schema in (*_ROW, *_CHANNEL, *_GATE)}
+SCHEMAS = {schema.partition("(")[0]: schema for schema in (*_ROW, *_ADD_NORM, *_CHANNEL, *_GATE)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx
 
 from ..chain.grammar import ACTIVATION, DROPOUT, LINEAR, NORM
 from ..chain.guard import memory_order
+from ..run.add_norm import add_norm
 from ..run.gate import gate as run_gate
 from ..run.prepare import run
 from ..run.running import ChannelNorm
@@ -43,8 +45,7 @@ def fused_chain(  # noqa: PLR0913  a graph takes no tuples of nodes as one
             contiguous; else None.
     """
     if gate is not None:
-        y = run_gate(spec, x, None if gate is x else gate)
-        return y if residual is None else residual + y
+        return run_gate(spec, x, None if gate is x else gate)
     if order is not None:
         residual = None if residual is None else residual.permute(order)
         y = run(spec, x.permute(order), residual=residual)
@@ -58,6 +59,19 @@ def fused_chain(  # noqa: PLR0913  a graph takes no tuples of nodes as one
     else:
         norm.mean, norm.variance = mean, variance
     return run(spec, x, weight, bias, residual=residual, norm=norm, channel_dim=1)
+
+
+def fused_add_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor,
+    spec: Spec,
+) -> tuple[Tensor, Tensor]:
+    """(norm(h), h) with h = residual + dropout(x · weightᵀ + bias)."""
+    return add_norm(spec, x, residual, weight, bias, norm_weight, norm_bias)
 
 
 def spec_of(chain: Found) -> Spec:
@@ -78,8 +92,8 @@ def spec_of(chain: Found) -> Spec:
     return spec._replace(channel_dropout=channels and spec.threshold > 0, groups=groups)
 
 
-def arguments_of(chain: Found) -> tuple[Any, ...]:
-    """The arguments of `fused_chain`: nodes and constants."""
+def call_of(chain: Found) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What stands for the chain in a graph: a function and its arguments, nodes and constants."""
     linear, norm = chain.part(LINEAR), chain.part(NORM)
     weights: dict[str, fx.Node | None] = {} if linear is None else linear.tensors
     tensors: dict[str, fx.Node | None] = {} if norm is None else norm.tensors
@@ -89,11 +103,14 @@ def arguments_of(chain: Found) -> tuple[Any, ...]:
     if linear is None and norm is None and not spec.gated and not spec.channel_dropout:
         found = None if x.is_contiguous() else memory_order(x)
         order = found if found != tuple(range(x.dim())) else None
+    parameters = *map(weights.get, ("weight", "bias")), *map(tensors.get, ("weight", "bias"))
+    if chain.total is not None:
+        return fused_add_norm, (chain.source, *parameters, chain.residual, spec)
     own = numbers.get("training", True) or tensors.get("mean") is None
-    return (
+    return fused_chain, (
         chain.source,
-        *(weights.get(name) for name in ("weight", "bias")),
-        *(tensors.get(name) for name in ("weight", "bias", "mean", "variance")),
+        *parameters,
+        *map(tensors.get, ("mean", "variance")),
         chain.residual,
         chain.gate,
         spec,

@@ -8,9 +8,18 @@ from typing import Any
 from torch import fx
 
 from ..backends import backend
-from ..chain.grammar import ACTIVATION, DROPOUT, LINEAR, NORM, RESIDUAL, extends, is_chain
+from ..chain.grammar import (
+    ACTIVATION,
+    DROPOUT,
+    LINEAR,
+    NORM,
+    RESIDUAL,
+    extends,
+    is_add_norm,
+    is_chain,
+)
 from ..chain.guard import dtypes_reason, memory_order
-from ..spec import CHANNEL_NORMS, GATED_ACTIVATIONS
+from ..spec import CHANNEL_NORMS, GATED_ACTIVATIONS, ROW_NORMS
 from . import gates
 from .forms import Stage, laid_out_alike, stage_of, value
 from .memory import Memory, target_name
@@ -53,12 +62,20 @@ class Found:
 
     @property
     def residual(self) -> fx.Node | None:
-        """What is added last."""
+        """What is added."""
         stage = self.part(RESIDUAL)
         if stage is None:
             return None
         both = stage.source, stage.tensors["other"]
-        return next(node for node in both if node is not self.stages[-2].node)
+        before = self.stages.index(stage) - 1
+        result = self.stages[before].node if before >= 0 else stage.source
+        return next(node for node in both if node is not result)
+
+    @property
+    def total(self) -> fx.Node | None:
+        """The sum that a norm reads; others may read it, too."""
+        stage = self.part(RESIDUAL)
+        return stage.node if stage is not None and is_add_norm(self.kinds) else None
 
     @property
     def gate(self) -> fx.Node | None:
@@ -98,19 +115,19 @@ def find(graph: fx.Graph) -> tuple[list[Found], dict[fx.Node, str]]:
     found = []
     for node in graph.nodes:
         stage = stages.get(node)
-        # An addition ends a chain; it begins none.
-        if stage is None or stage in taken or stage.kind == RESIDUAL:
+        if stage is None or stage in taken:
             continue
         chain = Found([stage])
-        while (following := _next(chain, owner)) is not None and following not in taken:
+        while (following := _next(chain, owner, taken)) is not None:
             chain.stages.append(following)
         # What a residual adds to may be no chain without it.
         if not is_chain(chain.kinds):
             chain.stages = [stage]
+        # An addition ends a chain or has its norm; by itself it is none.
+        if chain.kinds == [RESIDUAL]:
+            continue
         taken.update(chain.stages)
-        chain.reason = _reason(chain) or memory.move_reason(
-            chain.nodes, chain.reads(), (chain.source, chain.gate)
-        )
+        chain.reason = _reason(chain) or _order_reason(chain, memory)
         found.append(chain)
     for stage in stages.values():
         if stage not in taken:
@@ -118,16 +135,38 @@ def find(graph: fx.Graph) -> tuple[list[Found], dict[fx.Node, str]]:
     return found, refused
 
 
-def _next(chain: Found, owner: dict[fx.Node, Stage]) -> Stage | None:
+def _order_reason(chain: Found, memory: Memory) -> str:
+    """Why the chain's calls cannot run as one, for what stands between them."""
+    reads = chain.reads()
+    if chain.total is not None:
+        # The call stands where the sum is made.
+        norm = chain.stages[-1]
+        if any(
+            memory.position[t] > memory.position[chain.total] for t in norm.tensors.values() if t
+        ):
+            return "the norm's parameters are made after the sum"
+        reads = [*reads, chain.total]
+    return memory.move_reason(chain.nodes, reads, (chain.source, chain.gate))
+
+
+def _next(chain: Found, owner: dict[fx.Node, Stage], taken: set[Stage]) -> Stage | None:
     """The stage that alone reads the chain's last value and may follow it."""
     last = chain.last
     readers = {owner.get(user) for user in last.users}
-    stage = readers.pop() if len(readers) == 1 else None
-    if stage is None or not extends(chain.kinds, stage.kind):
+    if chain.kinds[-1] == RESIDUAL:
+        # The sum may have other readers: it is a result, too.
+        norms = (s for s in readers if s is not None and s.kind == NORM and s.source is last)
+        stage = next(
+            (s for s in norms if s.name in ROW_NORMS and len(s.numbers["shape"]) == 1), None
+        )
+    else:
+        stage = readers.pop() if len(readers) == 1 else None
+    if stage is None or stage in taken or not extends(chain.kinds, stage.kind):
         return None
     if stage.kind == RESIDUAL:
         both = value(stage.source), value(stage.tensors["other"])
-        return stage if laid_out_alike(*both) else None
+        # The kernels add nothing to a gate of two tensors.
+        return stage if chain.gate is None and laid_out_alike(*both) else None
     if stage.source is not last or last in stage.tensors.values():
         return None
     return stage if _goes_with(chain, stage) else None
@@ -135,7 +174,10 @@ def _next(chain: Found, owner: dict[fx.Node, Stage]) -> Stage | None:
 
 def _goes_with(chain: Found, stage: Stage) -> bool:
     """Whether the kernels have this stage behind these."""
-    norm, activation = chain.part(NORM), chain.part(ACTIVATION)
+    norm, activation, dropout = chain.part(NORM), chain.part(ACTIVATION), chain.part(DROPOUT)
+    if chain.kinds[-1] == RESIDUAL:
+        x = value(chain.last)
+        return (dropout is None or dropout.name == "elements") and x.is_contiguous()
     channels = norm is not None and norm.name in CHANNEL_NORMS
     gated = stage.name in GATED_ACTIVATIONS
     if "gate" in stage.tensors:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+import operator
 
 import torch
 from torch import fx
 
 from ..chain.grammar import DROPOUT
 from . import policy
-from .call import arguments_of, fused_chain
+from .call import call_of, fused_chain
 from .chains import Found, find
 from .forms import Stage, laid_out_alike, place, same, stage_of, value
 from .written import is_cast
@@ -34,21 +34,30 @@ def rewrite(graph: fx.Graph, rest: str) -> list[Found]:
     # The last node of each replaced chain → what stands for it now.
     replaced: dict[fx.Node, fx.Node] = {}
     for chain in find(graph)[0]:
-        reason = chain.reason or policy.reason(chain, rest)
-        arguments = () if reason else arguments_of(chain)
-        reason = reason or difference(chain, arguments)
+        reason = chain.reason or policy.reason(chain, rest) or difference(chain)
         LOG.info("%s: %s (%s)", chain.describe(), reason or "one operation", place(chain.last))
         if reason:
             continue
+        function, arguments = call_of(chain)
         given = tuple(replaced.get(a, a) if isinstance(a, fx.Node) else a for a in arguments)
-        with graph.inserting_after(chain.last):
-            call = graph.call_function(fused_chain, given)
-        call.meta = dict(chain.last.meta)
-        chain.last.replace_all_uses_with(call)
-        replaced[chain.last] = call
+        with graph.inserting_after(chain.total or chain.last):
+            call = graph.call_function(function, given)
+        results = {chain.last: call}
+        if chain.total is not None:
+            both = {chain.last: 0, chain.total: 1}
+            results = {node: _item(graph, call, index) for node, index in both.items()}
+        for old, new in results.items():
+            new.meta = dict(old.meta)
+            old.replace_all_uses_with(new)
+            replaced[old] = new
         _erase(graph, chain.nodes)
         done.append(chain)
     return done
+
+
+def _item(graph: fx.Graph, call: fx.Node, index: int) -> fx.Node:
+    with graph.inserting_after(call):
+        return graph.call_function(operator.getitem, (call, index))
 
 
 def identities(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
@@ -81,17 +90,23 @@ def _erase(graph: fx.Graph, nodes: list[fx.Node]) -> None:
         graph.erase_node(node)
 
 
-def difference(chain: Found, arguments: tuple[Any, ...]) -> str:
+def difference(chain: Found) -> str:
     """In what the call's result would not be like the chain's; empty where it would."""
+    function, arguments = call_of(chain)
     tensors = [value(a) if isinstance(a, fx.Node) else a for a in arguments]
-    if arguments[-3] is not None:
+    if function is fused_chain and arguments[-3] is not None:
         tensors[5:7] = None, None  # nothing is to be learned here
     mode = getattr(tensors[0], "fake_mode", None)
     if mode is None:
         return "the compiler does not know its input"
     with mode, torch.no_grad():
-        new = fused_chain(*tensors)
-    old = value(chain.last)
-    if new.dtype != old.dtype or not same(new.shape, old.shape):
-        return f"the result would be {new.dtype} {tuple(new.shape)}"
-    return "" if laid_out_alike(new, old) else "the result would be laid out in another way"
+        made = function(*tensors)
+    both = (chain.last, chain.total)
+    results = {chain.last: made} if chain.total is None else dict(zip(both, made, strict=True))
+    for node, new in results.items():
+        old = value(node)
+        if new.dtype != old.dtype or not same(new.shape, old.shape):
+            return f"the result would be {new.dtype} {tuple(new.shape)}"
+        if not laid_out_alike(new, old):
+            return "the result would be laid out in another way"
+    return ""

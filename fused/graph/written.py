@@ -25,7 +25,6 @@ _MEAN = (torch.mean, "mean")
 _ROOT = (torch.rsqrt, "rsqrt")
 _TANH = (torch.tanh, "tanh")
 _ERF = (torch.erf, "erf", torch.special.erf)
-_VECTOR = 1
 
 
 def is_call(node: Any, *targets: Any) -> bool:

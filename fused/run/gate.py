@@ -19,8 +19,8 @@ from ..spec import GATED_CODES, Spec
 from . import by_torch, reference
 from .layout import contiguous_rows
 from .random import draw_seed
-from .recording import composite, is_compiling
-from .rows import needs_gradient
+from .recording import composite, is_compiling, is_plain
+from .rows import apart, needs_gradient
 
 
 def _halves(value: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -83,14 +83,17 @@ def gate(
         seed = draw_seed(value.device)
     gradient = needs_gradient(value, gate)
     elements = value.numel() * (1 if gate is None else 2)
-    if composite(value, "a gate of two tensors runs") or (
+    plain = composite(value, "a gate of two tensors runs")
+    plain = plain or (gate is not None and not is_plain(gate))
+    if plain or (
         not spec.threshold
         and not is_compiling(value)
         and by_torch.serves_row(spec, elements, value, gradient, linear=True)
     ):
         y = reference.gate(*_halves(value, gate), spec, seed)
     else:
-        value, gate = contiguous_rows(value), None if gate is None else contiguous_rows(gate)
+        gate = None if gate is None else contiguous_rows(apart(gate, value))
+        value = contiguous_rows(value)
         if gradient:
             y = GateFunction.apply(value, gate, seed, spec)
         else:

@@ -17,7 +17,6 @@ from ..chain.convert import fuse_
 from ..chain.grammar import ACTIVATION, DROPOUT, LINEAR, NORM, RESIDUAL
 from ..chain.plan import make_steps, printable
 from ..graph import policy
-from ..graph.call import arguments_of
 from ..graph.chains import Found, find
 from ..graph.forms import FORMS, Stage, place, value
 from ..graph.gates import is_gate
@@ -200,13 +199,13 @@ def _calls(graph: fx.Graph, reached: set[str]) -> Iterator[Call]:
         if node in refused and FORMS[node.target].kind != LINEAR:
             calls[node] = _call(node, refused[node])
         elif node not in calls and not node._erased and is_gate(node, stages):
-            calls[node] = _call(node, "no kernel has this gate")
+            calls[node] = _call(node, "its activation is in another chain, or none that gates")
     return (calls[node] for node in order if node in calls)
 
 
 def _reason(chain: Found, rest: str) -> str:
     reason = chain.reason or policy.reason(chain, rest)
-    return reason or difference(chain, arguments_of(chain))
+    return reason or difference(chain)
 
 
 def _call(
