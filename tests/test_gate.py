@@ -14,6 +14,7 @@ from gated_cases import GATED, GATES, make_gated_epilogue
 from test_autograd import kept_storages
 from test_row import BREAKPOINTS, SPECIAL
 from test_row_memory import rows_that_stream
+from test_small import WITHOUT_NORM
 from tolerances import assert_close
 from torch import Tensor
 
@@ -21,7 +22,7 @@ import fused
 from fused import spec
 from fused.backends import backend, ops
 from fused.functional import dropout_mask, gate
-from fused.run import reference
+from fused.run import by_torch, reference
 from fused.spec import GATED_CODES
 
 # One column, below, at and above a vector and a random block, odd, long, more rows than a thread's.
@@ -332,6 +333,21 @@ def test_without_a_kernel_plain_torch_serves_visibly(monkeypatch: pytest.MonkeyP
     with pytest.warns(UserWarning, match="two tensors runs in plain torch.*CUDA C\\+\\+"):
         assert recording.composite(value, "a gate of two tensors runs")
     assert not recording.composite(value)
+
+
+@pytest.mark.usefixtures("cpp")
+def test_torchs_own_operators_serve_small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    forward = ops.gate_forward
+    monkeypatch.setattr(by_torch, "WITHOUT_NORM", WITHOUT_NORM)
+    monkeypatch.setattr(ops, "gate_forward", lambda *given: calls.append(1) or forward(*given))
+    for rows, p, kernel in ((4, 0.0, False), (4, 0.5, True), (400, 0.0, True)):
+        calls.clear()
+        value, other = pair(rows, 100)
+        found = gate(value, other, p=p)
+        assert bool(calls) == kernel
+        if not p:
+            torch.testing.assert_close(found, value * F.silu(other))
 
 
 X = torch.zeros(3, 4)

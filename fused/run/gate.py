@@ -20,7 +20,7 @@ from . import by_torch, reference
 from .layout import contiguous_rows
 from .random import draw_seed
 from .recording import composite, is_compiling, is_plain
-from .rows import apart, needs_gradient
+from .rows import needs_gradient
 
 
 def _halves(value: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -52,9 +52,9 @@ class GateFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():
             # Views, so that a tensor passed twice gets two gradients.
-            given = [None if t is None else t.view_as(t) for t in (value, gate)]
-            y = reference.gate(*_halves(*given), ctx.spec, seed)
-            wanted = [t for t, need in zip(given, needs, strict=True) if need]
+            views = value.view_as(value), None if gate is None else gate.view_as(gate)
+            y = reference.gate(*_halves(*views), ctx.spec, seed)
+            wanted = [t for t, need in zip(views, needs, strict=True) if t is not None and need]
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
             return *(next(found) if need else None for need in needs), None, None
         given = (contiguous_rows(dy), *_halves(value, gate), seed, *_scalars(ctx.spec))
@@ -85,14 +85,11 @@ def gate(
     elements = value.numel() * (1 if gate is None else 2)
     plain = composite(value, "a gate of two tensors runs")
     plain = plain or (gate is not None and not is_plain(gate))
-    if plain or (
-        not spec.threshold
-        and not is_compiling(value)
-        and by_torch.serves_row(spec, elements, value, gradient, linear=True)
-    ):
+    if plain or (not is_compiling(value) and by_torch.serves_gate(spec, elements, value)):
         y = reference.gate(*_halves(value, gate), spec, seed)
     else:
-        gate = None if gate is None else contiguous_rows(apart(gate, value))
+        if gate is not None:
+            gate = contiguous_rows(gate.view_as(gate) if gate is value else gate)
         value = contiguous_rows(value)
         if gradient:
             y = GateFunction.apply(value, gate, seed, spec)
