@@ -26,7 +26,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/.requirements: requirements/dev.txt | $(BIN)/python
-	$(BIN)/pip install -r requirements/dev.txt
+	$(BIN)/pip install --no-compile -r requirements/dev.txt
 	@touch $@
 
 # Without the C++ kernels, which the next rule builds with visible progress.

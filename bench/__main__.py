@@ -1,5 +1,6 @@
 """python -m bench [norm linear channel host] [--quick]: measure on a CPU.
 python -m bench [rows blocks images peers host] --device cuda: measure on a GPU.
+python -m bench models [--models a,b] [--providers eager,fused]: whole models by torch.compile.
 python -m bench report: tables and pictures from what was measured.
 """
 
@@ -9,7 +10,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,11 +30,25 @@ SECONDS_PER_CELL, QUICK_SECONDS_PER_CELL = 3.0, 0.7
 MAX_SECONDS, QUICK_MAX_SECONDS = 5400.0, 55.0
 
 
+def _chosen(
+    parser: argparse.ArgumentParser, what: str, names: list[str], known: Iterable[str]
+) -> list[str]:
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        parser.error(f"unknown {what} {', '.join(unknown)}; known: {', '.join(known)}")
+    return names
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     add = parser.add_argument
-    add("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (default: all), or report")
+    add(
+        "suites",
+        nargs="*",
+        metavar="SUITE",
+        help=f"{', '.join(SUITES)} (default: all), models or report",
+    )
     add("--quick", action="store_true", help="a few cells, three minutes in all, to .cache/bench")
     add("--rest", action="store_true", help="only the cells that --quick leaves out")
     add("--out", type=Path, help="folder of the CSV files (default: bench/results)")
@@ -42,11 +57,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--threads", type=int, help="of torch (default: torch's)")
     add("--only", metavar="REGEX", help="only cells whose printed name matches")
+    add("--models", help="of the suite models, with commas between (default: all)")
+    add(
+        "--providers", help="of the suite models: eager, compile, fused, fused_eager (default: all)"
+    )
     add("--max-autotune", action="store_true", help="torch.compile so, at two sizes of linear")
     given = parser.parse_args(arguments)
-    unknown = sorted(set(given.suites) - {*SUITES, "report"})
-    if unknown:
-        parser.error(f"unknown suite {', '.join(unknown)}; known: {', '.join(SUITES)}, report")
+    given.suites = _chosen(parser, "suite", given.suites, (*SUITES, "models", "report"))
+    if "models" in given.suites:
+        from .models import KNOWN, MODELS, PARTS, PROVIDERS
+
+        names = given.models.split(",") if given.models else [*MODELS]
+        names = [*PARTS] if names == ["parts"] else names
+        given.models = _chosen(parser, "model", names, KNOWN)
+        names = given.providers.split(",") if given.providers else [*PROVIDERS]
+        given.providers = _chosen(parser, "provider", names, PROVIDERS)
     given.suites = given.suites or list(CPU_SUITES if given.device == "cpu" else GPU_SUITES)
     given.out = given.out or (QUICK_RESULTS if given.quick else RESULTS)
     if given.seconds is None:
@@ -103,6 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from .report import write_report  # matplotlib
 
             write_report(given.out, ROOT)
+            continue
+        if name == "models":
+            from .models import run_models
+
+            fine &= run_models(given)
             continue
         cells = list(SUITES[name]())
         if given.quick or given.rest:

@@ -128,7 +128,7 @@ def kept_bytes(provider: Provider, inputs: Inputs) -> int:
     return sum(kept.values())
 
 
-def _spread(values: list[float]) -> tuple[float, float, float]:
+def spread(values: list[float]) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile."""
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return statistics.median(values), fifths[0], fifths[3]
@@ -142,12 +142,12 @@ def _rows(
 ) -> list[Row]:
     rows = []
     for (name, mode), seconds in times.items():
-        median, p20, p80 = (round(value * 1e6, 3) for value in _spread(seconds))
+        median, p20, p80 = (round(value * 1e6, 3) for value in spread(seconds))
         ours = times.get(("fused", mode))
         ratios: tuple[Any, ...] = ("", "", "")
         if ours:
-            spread = _spread([theirs / own for theirs, own in zip(seconds, ours, strict=True)])
-            ratios = tuple(round(ratio, 4) for ratio in spread)
+            found = spread([theirs / own for theirs, own in zip(seconds, ours, strict=True)])
+            ratios = tuple(round(ratio, 4) for ratio in found)
         key = asdict(replace(cell, mode=mode)) | {"provider": name}
         over: dict[str, Any] = dict(
             zip(("over_fused", "over_fused_p20", "over_fused_p80"), ratios, strict=True)

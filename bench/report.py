@@ -16,6 +16,7 @@ from .gpu_cells import SUITES
 from .gpu_pictures import draw
 from .gpu_tables import SUMMARIES
 from .harness import Row
+from .model_tables import report as models_report
 from .roofline import draw_roofline, roofline_text
 from .summary import read_all, summary
 from .tables import all_cells, caption, group_by
@@ -79,6 +80,11 @@ def write_report(folder: Path, root: Path) -> None:
                 shown[device] += _roofline(folder, root, group, about)
         text = "\n\n".join([f"{COMMAND}.", *shown.values(), *lists])
         fill(root / "docs" / "benchmarks.md", suite, text)
+    text = models_report(folder, root)
+    if text:
+        fill(root / "docs" / "benchmarks.md", "models", text)
+    else:
+        print(f"models: nothing measured in {folder}")
     text = summary(read_all(folder))
     if text:
         fill(root / "README.md", "summary", text)

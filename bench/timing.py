@@ -24,15 +24,21 @@ STEPS = 8  # of a graph at least, so that what is between two replays weighs lit
 
 
 class Clock:
-    """Time marks on the device's own clock, or on the host's."""
+    """Time marks on the device's own clock, or on the host's.
 
-    def __init__(self, device: str, host: bool = False) -> None:
+    Args:
+        own: on the host, count this process's CPU time: of one thread it is the time on a machine
+            that others do not use.
+    """
+
+    def __init__(self, device: str, host: bool = False, own: bool = False) -> None:
         self._events = device == "cuda" and not host
+        self._now = time.process_time if own else time.perf_counter
         self._synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def mark(self) -> Any:
         if not self._events:
-            return time.perf_counter()
+            return self._now()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

@@ -1,5 +1,7 @@
 """Linear → Norm → Activation → Dropout as one operation, forward and backward."""
 
+from typing import TYPE_CHECKING, Any
+
 from .backends.location import search_path
 
 __version__ = "0.1.0"
@@ -33,6 +35,9 @@ from .tools.compare import compare
 from .tools.comparison import Comparison
 from .tools.explain import Call, Explanation, explain
 
+if TYPE_CHECKING:
+    from .graph.doors import inductor
+
 __all__ = [
     "MLP",
     "AddNorm",
@@ -64,8 +69,17 @@ __all__ = [
     "fold_",
     "functional",
     "fuse_",
+    "inductor",
     "mc_dropout",
     "norms",
     "unfuse_",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "inductor":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .graph.doors import inductor  # imports Inductor, which takes longer than all of this
+
+    return inductor

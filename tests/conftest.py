@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from fused.kernels.tuning import tuned
+from reach import Log
 
 from fused.backends import backend, gemm
 from fused.run import by_torch
@@ -146,6 +148,18 @@ def bench_harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    """What the graph pass says of each chain."""
+    handler, logger = Log(), logging.getLogger("fused.graph")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from reach import Log, equal_to_eager
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -24,64 +24,6 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield
-
-
-class Log(logging.Handler):
-    """What the pass says of each chain: those that became one operation, and the others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fused: list[str] = []
-        self.left: dict[str, str] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        chain, reason, _ = record.args  # type: ignore[misc]
-        if reason == "one operation":
-            self.fused.append(str(chain))
-        else:
-            self.left[str(chain)] = str(reason)
-
-
-@pytest.fixture
-def log() -> Iterator[Log]:
-    handler, logger = Log(), logging.getLogger("fused.graph")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield handler
-    logger.removeHandler(handler)
-    logger.setLevel(level)
-
-
-def tensors(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else [*result]
-
-
-def equal_to_eager(
-    function: Callable[..., Any], *inputs: Tensor, tolerance: float = 1e-9, **how: Any
-) -> None:
-    """Outputs, their dtypes and strides, gradients and buffers are those of eager."""
-    module = function if isinstance(function, nn.Module) else None
-    other = copy.deepcopy(function)
-    compiled = torch.compile(other, backend="fused_eager", **how)
-    mine = [x.clone().detach().requires_grad_(x.requires_grad) for x in inputs]
-    wanted, found = tensors(function(*inputs)), tensors(compiled(*mine))
-    for a, b in zip(wanted, found, strict=True):
-        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
-        torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
-    learning = [t for t in wanted if t.requires_grad]
-    if learning:
-        torch.stack([t.double().square().sum() for t in learning]).sum().backward()
-        torch.stack([t.double().square().sum() for t in found if t.requires_grad]).sum().backward()
-    pairs = [*zip(inputs, mine, strict=True)]
-    if module is not None:
-        pairs += zip(module.parameters(), other.parameters(), strict=True)
-        for a, b in zip(module.buffers(), other.buffers(), strict=True):
-            torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
-    for a, b in pairs:
-        assert (a.grad is None) == (b.grad is None)
-        if a.grad is not None:
-            torch.testing.assert_close(b.grad, a.grad, rtol=10 * tolerance, atol=10 * tolerance)
 
 
 def rows(*shape: int, grad: bool = True, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -64,20 +64,8 @@ class ChannelChain(Chain):
     # ---- the guard ----
 
     def input_reason(self, x: Any) -> str:
-        return super().input_reason(x) or self._open_size_reason(x)
-
-    def _open_size_reason(self, x: Tensor) -> str:
-        """Why images whose sizes the compiler leaves open run as torch's own operators.
-
-        Inductor (torch 2.13) cannot order the symbolic strides of a view that a convolution saves
-        for its backward; our result would be one.
-        """
-        if not is_compiling(x) or x.dim() < 4 or not torch.is_grad_enabled():
-            return ""
-        from torch.fx.experimental.symbolic_shapes import has_static_value
-
-        fixed = all(has_static_value(size) for size in x.shape[2:])
-        return "" if fixed else "the compiler leaves the sizes of the images open"
+        reason = super().input_reason(x)
+        return reason or (guard.open_size_reason(x) if is_compiling(x) else "")
 
     def norm_reason(self, device: torch.device, dtype: torch.dtype) -> str:
         norm = self.channel_norm

@@ -218,6 +218,20 @@ def dtypes_reason(
     return f"it has {own}, its input {_short(dtype)}"
 
 
+def open_size_reason(x: Tensor) -> str:
+    """Why images whose sizes the compiler leaves open are left to Inductor.
+
+    It (torch 2.13) cannot order the symbolic strides of a view that a convolution saves for its
+    backward; our result would be one.
+    """
+    if x.dim() < 4 or not torch.is_grad_enabled():
+        return ""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    fixed = all(has_static_value(size) for size in x.shape[1:])
+    return "" if fixed else "the compiler leaves the sizes of the images open"
+
+
 def tensor_reason(x: Any) -> str:
     """Why the input, whatever its shape, cannot be read by a kernel."""
     if not is_plain(x):

@@ -14,11 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import fx
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from ..backends import backend
+from ..backends import backend, gemm
 from .rewrite import rewrite
 
 _PACKAGE = Path(__file__).parent.parent
@@ -28,7 +29,9 @@ _SETTING = "pre_grad_custom_pass"
 def fused_eager(module: fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
     """torch.compile(backend="fused_eager"): chains by our kernels, the rest by eager torch.
 
-    It compiles nothing, so that a model starts in a second. Options are not used.
+    It compiles nothing, so that a model starts in a second. Options are not used. A chain that was
+    taken follows `use_backend` at every call; one that was left when the reference was asked for
+    stays torch's.
     """
     # Graphs inside it are those of checkpointing, for one.
     for part in module.modules():
@@ -48,24 +51,26 @@ def fused(
 ) -> Callable[..., Any]:
     """torch.compile(backend="fused"): chains by our kernels, the rest by Inductor.
 
+    What `use_backend` asks for while it compiles holds for what is compiled.
+
     Args:
         mode, options: Inductor's, as torch.compile takes them.
     """
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
-    before = patches.get(_SETTING, getattr(inductor_config, _SETTING))
-    compiled: Any = compile_fx(module, inputs, config_patches={**patches, _SETTING: _after(before)})
-    return compiled
+    given = options or {}
+    before = given.get(_SETTING, getattr(inductor_config, _SETTING))
+    # torch's own wrapper reads and checks what it is given, as it does for backend="inductor".
+    compile = torch._TorchCompileInductorWrapper(mode, {**given, _SETTING: _after(before)}, None)
+    return compile(module, inputs)
 
 
 @cache
 def _sources() -> str:
-    """What all of this package's Python says."""
+    """What all of this package's Python says, and which libraries were built."""
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(path.read_bytes())
+    for path in sorted(_PACKAGE.rglob("*.so")):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
     return digest.hexdigest()
 
 
@@ -89,7 +94,7 @@ class Pass(CustomGraphPass):
         if None in earlier:
             return None
         settings = sorted(item for item in os.environ.items() if item[0].startswith("FUSED_"))
-        own = _sources(), backend.requested(), settings, backend.cpu_isa()
+        own = _sources(), backend.requested(), settings, backend.cpu_isa(), gemm.enabled
         return f"fused-lnad {own} {earlier}"
 
 
@@ -105,9 +110,10 @@ def _after(before: Any) -> Pass:
 class inductor:
     """Puts the pass into Inductor, for torch.compile calls that somebody else makes.
 
-    From the call on, and in a `with` block until its end, whatever is compiled by Inductor runs
-    its chains by our kernels; what was compiled stays so. A pass that is set already runs first,
-    and is what is set again afterwards.
+    From the call on, and in a `with` block until its end, whatever this thread compiles by Inductor
+    runs its chains by our kernels; what was compiled stays so, and what is compiled again outside
+    the block is Inductor's. A pass that is set already runs first, and is what is set again
+    afterwards.
 
     Example:
         >>> with fused.inductor():

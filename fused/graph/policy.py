@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..chain.grammar import DROPOUT, NORM, is_chain
+from ..chain.guard import open_size_reason
 from ..spec import CHANNEL_NORMS
 from .chains import Found
 from .forms import value
@@ -27,6 +28,8 @@ def reason(chain: Found, rest: str) -> str:
     result = value(chain.last)
     training, cpu = result.requires_grad, result.device.type == "cpu"
     norm = chain.part(NORM)
+    if rest == "inductor" and (open_sizes := open_size_reason(result)):
+        return open_sizes
     if not is_chain(chain.kinds) and chain.gate is None:
         return _alone(chain, training) if cpu else "a single call is left to torch on GPUs"
     if rest == "eager":

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import operator
+from contextlib import ExitStack
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,6 +16,7 @@ from . import policy
 from .call import call_of, fused_chain
 from .chains import Found, find
 from .forms import Stage, laid_out_alike, place, same, stage_of, value
+from .memory import target_name
 from .written import is_cast
 
 # Says of each chain, at level INFO, whether it became one operation, and why not.
@@ -90,6 +94,18 @@ def _erase(graph: fx.Graph, nodes: list[fx.Node]) -> None:
         graph.erase_node(node)
 
 
+def _autocast(node: fx.Node) -> list[torch.autocast]:
+    """The regions of autocast that a node stands in, the outermost first."""
+    regions: list[fx.Node] = []
+    for earlier in takewhile(lambda other: other is not node, node.graph.nodes):
+        if target_name(earlier) == "_enter_autocast":
+            regions.append(earlier)
+        elif target_name(earlier) == "_exit_autocast":
+            regions.remove(earlier.args[0])
+    arguments: list[Any] = [region.args for region in regions]
+    return [torch.autocast(*given) for given in arguments]
+
+
 def difference(chain: Found) -> str:
     """In what the call's result would not be like the chain's; empty where it would."""
     function, arguments = call_of(chain)
@@ -99,7 +115,9 @@ def difference(chain: Found) -> str:
     mode = getattr(tensors[0], "fake_mode", None)
     if mode is None:
         return "the compiler does not know its input"
-    with mode, torch.no_grad():
+    with ExitStack() as around:
+        for context in (mode, torch.no_grad(), *_autocast(chain.last)):
+            around.enter_context(context)
         made = function(*tensors)
     both = (chain.last, chain.total)
     results = {chain.last: made} if chain.total is None else dict(zip(both, made, strict=True))
