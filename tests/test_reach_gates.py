@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_reach import Log, N, _fresh, equal_to_eager, log, rows  # noqa: F401  fixtures
+from reach import Log, equal_to_eager
+from test_reach import N, _fresh, rows  # noqa: F401  a fixture
 from torch import Tensor, nn
 
 import fused
@@ -40,12 +41,12 @@ class Phi(nn.Module):
 
 
 @pytest.mark.parametrize("model", [Llama, Phi])
-def test_mlps(model: Callable[[], nn.Module], log: Log) -> None:  # noqa: F811
+def test_mlps(model: Callable[[], nn.Module], log: Log) -> None:
     equal_to_eager(model(), rows(2, 3, N))
     assert log.fused == ["swiglu"]
 
 
-def test_under_autocast(log: Log) -> None:  # noqa: F811
+def test_under_autocast(log: Log) -> None:
     model, x = Llama(torch.float32), rows(5, N, dtype=torch.float32)
 
     def cast(x: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ def test_under_autocast(log: Log) -> None:  # noqa: F811
         (lambda x: F.silu((h := x.chunk(2, -1))[0]) * h[1] + h[0], "swiglu"),
     ],
 )
-def test_what_is_a_gate(call: Callable[[Tensor], Tensor], chain: str, log: Log) -> None:  # noqa: F811
+def test_what_is_a_gate(call: Callable[[Tensor], Tensor], chain: str, log: Log) -> None:
     equal_to_eager(lambda x: call(x * 2) * 3, rows(4, N))
     assert chain in log.fused
 
@@ -114,12 +115,12 @@ def _in_place(x: Tensor) -> Tensor:
         lambda x: F.silu(x) * 3.0,
     ],
 )
-def test_what_is_none(function: Callable[[Tensor], Any], log: Log) -> None:  # noqa: F811
+def test_what_is_none(function: Callable[[Tensor], Any], log: Log) -> None:
     equal_to_eager(lambda x: function(x * 2), rows(4, N))
     assert not any(chain.split(" ")[0] in fused.spec.GATED_ACTIVATIONS for chain in log.fused)
 
 
-def test_inference_leaves_it_to_inductor(log: Log) -> None:  # noqa: F811
+def test_inference_leaves_it_to_inductor(log: Log) -> None:
     model, x = Llama().eval(), rows(4, N, grad=False)
     for backend, taken in (("fused_eager", ["swiglu"]), ("fused", [])):
         torch._dynamo.reset()
@@ -131,7 +132,7 @@ def test_inference_leaves_it_to_inductor(log: Log) -> None:  # noqa: F811
 
 @pytest.mark.slow
 @torch._inductor.config.patch(force_disable_caches=True)  # they hold what the pass made
-def test_training_with_inductor(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_training_with_inductor(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compile(Llama(), backend="fused")(rows(4, N))
     assert log.left["swiglu"] == "Inductor fuses a gate of this size as well"
     torch._dynamo.reset()
