@@ -113,6 +113,14 @@ def test_inference_leaves_pointwise_chains_to_inductor() -> None:
     assert relu.ways == ("fused_eager",) and "Inductor" in relu.reason
 
 
+def test_chains_between_convolutions_are_left_to_inductor() -> None:
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2)
+    for count, ways in ((3, ("fused_eager",)), (4, ("fused", "fused_eager"))):
+        found = by_name(fused.explain(nn.Sequential(*layers[:count]), torch.randn(2, 3, 8, 8)))
+        assert found["batch"][0].ways == ("fuse_", *ways)
+        assert ("convolutions" in found["batch"][0].reason) == (count == 3)
+
+
 def test_a_model_without_any() -> None:
     found = fused.explain(nn.Linear(4, 4), torch.randn(2, 4))
     assert found.calls == [] and found.share("fused") == 0.0
