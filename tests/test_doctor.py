@@ -54,6 +54,7 @@ def test_every_operation_is_there_once(report: dict[str, Any]) -> None:
     norms = ("layer", "rms", None, "batch", "group", "instance")
     pairs = [(operation, norm) for operation in ("linear_norm_act", "norm_act") for norm in norms]
     pairs += [("linear_norm_gate", norm) for norm in norms[:3]]
+    pairs += [("add_norm", norm) for norm in norms[:2]]
     want = {
         (operation, norm, mode, device, dtype)
         for operation, norm in pairs

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.backend import choose, use_backend
-from ..functional import dropout_mask, linear_norm_act, norm_act
+from ..functional import add_norm, dropout_mask, linear_norm_act, norm_act
 from ..run import reference
 from ..spec import (
     CHANNEL_NORMS,
+    ROW_NORMS,
     Spec,
     default_eps,
     dropout_scale,
@@ -27,7 +28,7 @@ from ..spec import (
     make_spec,
 )
 
-GATE = "linear_norm_gate"
+GATE, ADD_NORM = "linear_norm_gate", "add_norm"
 MODES = ("training", "inference")
 # The activation that each norm is tested with.
 ACTIVATION_OF: dict[str | None, str] = {
@@ -45,6 +46,7 @@ OPERATIONS: dict[str, tuple[str | None, ...]] = {
     "linear_norm_act": tuple(ACTIVATION_OF),
     "norm_act": tuple(ACTIVATION_OF),
     GATE: tuple(GATE_OF),
+    ADD_NORM: ROW_NORMS,
 }
 # No multiple of a vector, of eight mask elements or of a tile.
 ROWS, FEATURES_IN, FEATURES = 37, 24, 101
@@ -70,7 +72,9 @@ def _inputs(operation: str, norm: str | None, dtype: torch.dtype, device: str) -
     out = features
     if operation == GATE:
         features *= 2
-    if operation != "norm_act":
+    if operation == ADD_NORM:
+        inputs = {"x": make(*rows, features), "residual": make(*rows, features)}
+    elif operation != "norm_act":
         inputs = {
             "x": make(*rows, FEATURES_IN),
             "weight": make(features, FEATURES_IN, deviation=FEATURES_IN**-0.5),
@@ -98,8 +102,19 @@ def _outcome(run: Callable[..., Tensor], inputs: dict[str, Tensor], mode: str) -
     return {"output": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-def _plain(spec: Spec, **inputs: Tensor) -> Tensor:
-    """The same chain in plain torch, in the dtype of its inputs."""
+def _add_norm(activation: None, **given: Any) -> Tensor:
+    """Both results of add & norm, side by side."""
+    return torch.cat(add_norm(**given), -1)
+
+
+def _plain(spec: Spec, operation: str, **inputs: Tensor) -> Tensor:
+    """The same operation in plain torch, in the dtype of its inputs."""
+    if operation == ADD_NORM:
+        seed = torch.tensor([SEED], device=inputs["x"].device)
+        add, norm = Spec(threshold=spec.threshold), spec._replace(threshold=0)
+        h = reference.row(inputs["x"], add, residual=inputs["residual"], seed=seed)
+        affine = inputs["norm_weight"], inputs["norm_bias"]
+        return torch.cat([reference.row(h, norm, None, *affine), h], -1)
     z = inputs["z"] if "z" in inputs else F.linear(*(inputs[k] for k in ("x", "weight", "bias")))
     rest = {k: inputs[k] for k in ("norm_weight", "norm_bias", "residual") if k in inputs}
     seed = torch.tensor([SEED], device=z.device)
@@ -137,9 +152,12 @@ def self_test(
     """
     inputs = _inputs(operation, norm, dtype, device)
     training = mode == "training"
-    activation = GATE_OF[norm] if operation == GATE else ACTIVATION_OF[norm]
+    activation: str | None = GATE_OF[norm] if operation == GATE else ACTIVATION_OF[norm]
+    if operation == ADD_NORM:
+        activation = None
     eps = default_eps(norm, None, dtype)
-    call = norm_act if operation == "norm_act" else linear_norm_act
+    calls: dict[str, Callable[..., Tensor]] = {"norm_act": norm_act, ADD_NORM: _add_norm}
+    call = calls.get(operation, linear_norm_act)
     options: dict[str, Any] = {
         "norm": norm,
         "eps": eps,
@@ -153,7 +171,7 @@ def self_test(
     with use_backend(choose(device, dtype)):
         got = _outcome(partial(call, seed=SEED, **options), inputs, mode)
     spec = make_spec(norm, eps, activation, P if training else 0.0)
-    plain = partial(_plain, spec)
+    plain = partial(_plain, spec, operation)
     eager = _outcome(plain, inputs, mode)
     want = _outcome(plain, {name: t.double() for name, t in inputs.items()}, mode)
     if training:
