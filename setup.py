@@ -67,9 +67,9 @@ SOURCES: dict[str, list[str]] = {
     for family in ("channel", "row", "stages")
     for isa, flags in KERNELS.items()
 }
-HOST = ("channel", "row", "add_norm", "arguments", "channel_problem", "channel_backward")
-HOST += ("channel_statistics", "channel_sums", "channel_forward", "channel_coefficients")
-HOST += ("isa", "cpu/memory")
+HOST = ("channel", "row", "add_norm", "gate", "arguments", "channel_problem")
+HOST += ("channel_backward", "channel_statistics", "channel_sums", "channel_forward")
+HOST += ("channel_coefficients", "isa", "cpu/memory")
 SOURCES |= {f"csrc/{name}.cpp": [] for name in HOST}
 
 CUDA_SOURCES: dict[str, list[str]] = {

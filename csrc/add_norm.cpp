@@ -82,13 +82,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_norm_backward(
   const RowSums sums(rows, cols, compute, norm_weight && wanted & kWantNormWeight,
                      norm_bias && wanted & kWantNormBias, wanted & kWantBias);
   if (rows && cols) {
-    normalize.dz = dresidual.data_ptr();
+    write_gradient(normalize, dresidual);
     if (drops) {
       // What dropout reads of x, nothing, is nowhere: h is as good.
       fill_problem(drop, h, {}, {}, {}, seed, {0, 0.0, 0, 0.0, 0.0, threshold});
       drop.dy = dresidual.data_ptr();
       drop.dy_stride = cols;
-      drop.dz = dx.data_ptr();
+      write_gradient(drop, dx);
     }
     (drops ? drop : normalize).stages.streaming = worth_streaming(drops ? dx : dresidual, cols);
     const auto& kernels = active_kernels().row.backward[static_cast<int>(storage)];

@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
   const RowSums sums(rows, cols, compute, norm_weight && normed && wanted & kWantNormWeight,
                      norm_bias && normed && wanted & kWantNormBias, wanted & kWantBias);
   if (rows && cols) {
-    problem.dz = dz.data_ptr();
+    write_gradient(problem, dz);
     // Without a norm the halves of dz are stored as they come, else whole rows by a second pass.
     problem.stages.streaming = worth_streaming(dz, normed ? cols : dy_cols);
     const int through = static_cast<int>(problem.stages.through);

@@ -22,7 +22,8 @@ inline int64_t checked_row_stride(const Tensor& tensor, const Tensor& like, int6
   FUSED_CHECK(tensor.dim() == 2 && tensor.size(0) == like.size(0) && tensor.size(1) == cols, name,
               " must be (", like.size(0), ", ", cols, ")");
   FUSED_CHECK(tensor.stride(1) == 1 || tensor.size(1) <= 1, name, " must have contiguous rows");
-  FUSED_CHECK(tensor.scalar_type() == like.scalar_type(), name, " must have the dtype of z");
+  FUSED_CHECK(tensor.scalar_type() == like.scalar_type(), name,
+              " must have the dtype of the others");
   return tensor.stride(0);
 }
 
@@ -54,6 +55,8 @@ inline void fill_problem(RowProblem& problem, const Tensor& z, const OptionalTen
   problem.stages.seed = checked_seed(scalars.threshold, seed);
   problem.z = z.data_ptr();
   problem.z_stride = checked_row_stride(z, z, problem.cols, "z");
+  problem.gate = problem.z;
+  problem.gate_stride = problem.z_stride;
   problem.bias = column_array(bias, compute, 0, problem.cols);
   problem.norm_weight = column_array(norm_weight, compute, 1, problem.cols);
   problem.norm_bias = column_array(norm_bias, compute, 2, problem.cols);
@@ -97,6 +100,12 @@ inline void place_gradient(RowBackward& problem, const Tensor& dy, const Tensor&
                   storage_of(statistics) == compute_of(storage) && statistics.is_contiguous(),
               "statistics must be those of the forward pass");
   place_statistics(problem, statistics.data_ptr(), z.size(0), storage);
+}
+
+// Where the gradient of the rows is written, one tensor of all columns.
+inline void write_gradient(RowBackward& problem, const Tensor& dz) {
+  problem.dz = problem.dgate = dz.data_ptr();
+  problem.dz_stride = dz.size(1);
 }
 
 // The gradients of the parameters: sums over the rows, each of chunks × cols partials, of which the

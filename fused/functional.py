@@ -29,9 +29,9 @@ from .run.checks import (
 from .run.prepare import run
 from .run.random import dropout_mask as _dropout_mask
 from .spec import CHANNEL_NORMS, activation_name, norm_name
-from .sublayers import add_norm
+from .sublayers import add_norm, gate
 
-__all__ = ["add_norm", "dropout_mask", "linear_norm_act", "norm_act"]
+__all__ = ["add_norm", "dropout_mask", "gate", "linear_norm_act", "norm_act"]
 
 
 @on_jagged_values("x")

@@ -93,6 +93,7 @@ GATED_ACTIVATIONS: dict[str, Activation] = {
     "geglu_tanh": Activation(19, _gated_by("gelu_tanh"), None, gate="gelu_tanh"),
     "reglu": Activation(20, _gated_by("relu"), None, gate="relu"),
 }
+GATES: dict[str | None, str] = {a.gate: name for name, a in GATED_ACTIVATIONS.items()}
 _ALL: dict[str, Activation] = ACTIVATIONS | GATED_ACTIVATIONS
 ACTIVATION_CODES: dict[str | None, int] = {None: 0} | {k: a.code for k, a in ACTIVATIONS.items()}
 GATED_CODES: dict[str, int] = {name: a.code for name, a in GATED_ACTIVATIONS.items()}

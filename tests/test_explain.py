@@ -72,7 +72,7 @@ def test_every_call_its_chain_its_ways_and_its_place() -> None:
     assert calls["residual"][0].chain == calls["layer"][1].chain == chain
     assert calls["layer"][0].ways == () and calls["layer"][0].reason
     assert calls["batch"][0].chain == calls["relu"][0].chain == "batch → relu"
-    assert calls["gate"][0].reason == "a gate of two tensors"
+    assert calls["gate"][0].ways == calls["silu"][0].ways == ("fused_eager",)
     _, first = inspect.getsourcelines(Block.forward)
     assert calls["layer"][0].place == f"{__file__}:{first + 1}"
     assert calls["residual"][0].bytes == 3 * 64 * C * 4
@@ -93,10 +93,10 @@ def test_shares_and_what_is_printed() -> None:
     assert "2 × norm layer" in text and "test_explain.py:" in text
     assert f'{found.share("fused"):.0%} by torch.compile(backend="fused")' in text
     # Passes over one tensor; fuse_ has three GELUs and three dropouts, the pass also the others but
-    # the first LayerNorm and the gate.
+    # the first LayerNorm and the gate with its SiLU.
     passes = 3 * (2 + 2 + 2 + 2 + 3) + 2 + 2 + 2 + 3
     assert found.share("fuse_") == pytest.approx(12 / passes)
-    assert found.share("fused") == pytest.approx((passes - 2 - 3) / passes)
+    assert found.share("fused") == pytest.approx((passes - 2 - 2 - 3) / passes)
 
 
 def test_evaluation() -> None:

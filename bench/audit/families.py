@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from . import add_norm_family, channel_family, gated_family, gemm_family, row_family
+from . import (
+    add_norm_family,
+    channel_family,
+    gated_family,
+    gemm_family,
+    pair_family,
+    row_family,
+)
 from .family import Family
 
 FAMILIES: list[Family] = [
@@ -15,4 +22,6 @@ FAMILIES: list[Family] = [
     gemm_family.FORWARD,
     gated_family.FORWARD,
     gated_family.BACKWARD,
+    pair_family.FORWARD,
+    pair_family.BACKWARD,
 ]

@@ -47,6 +47,13 @@ class _Argument:
         last = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         return self.start + (last + 1) * self.itemsize
 
+    def holds(self, address: int) -> bool:
+        """Whether an address is that of an element; the halves of a matrix lie in each other."""
+        element = (address - self.start) // self.itemsize
+        inside = self.start <= address < self.end
+        halved = len(self.shape) == 2 and self.strides[0] >= 2 * self.shape[1]
+        return inside and not (halved and element % self.strides[0] >= self.shape[1])
+
     def check(self, kind: str, address: np.ndarray, itemsize: int) -> None:
         """Raises unless every address is that of an element."""
         offset = address - self.start
@@ -97,7 +104,7 @@ def _record(kind: str, pointers: np.ndarray, mask: np.ndarray, itemsize: int) ->
         return
     low = int(address.min())
     for argument in _State.arguments:
-        if argument.start <= low < argument.end:
+        if argument.holds(low):
             argument.check(kind, address, itemsize)
             launch = _State.launch
             moved = launch.loaded if kind == "load" else launch.stored

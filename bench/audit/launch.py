@@ -35,8 +35,9 @@ _TILES = (("UNITS", "RUN"), ("BLOCK_M", "BLOCK_N"), ("BLOCK_G", "BLOCK_E"))
 # Tensors of a kernel that are as large as its problem; the sums of programs where there is no
 # other.
 STREAMS = ("dy_ptr", "z_ptr", "residual_ptr", "y_ptr", "dz_ptr")
+STREAMS += ("value_ptr", "gate_ptr", "dvalue_ptr", "dgate_ptr")
 PARTIAL = "partial_ptr"
-OUTPUTS = ("y_ptr", "dz_ptr")
+OUTPUTS = ("y_ptr", "dz_ptr", "dvalue_ptr", "dgate_ptr")
 
 
 @dataclass(frozen=True)

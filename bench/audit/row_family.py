@@ -41,7 +41,7 @@ _COMMON = {
 }
 
 
-def _matrix(case: Case, make: Make, of_z: bool = False) -> Tensor:
+def matrix(case: Case, make: Make, of_z: bool = False) -> Tensor:
     """The width is that of the result; before a gated activation z has twice as many columns."""
     cols = case["width"] - {"ragged": 8, "odd": 1}.get(case["fit"], 0)
     cols *= 2 if of_z and case["activation"] in GATED_ACTIVATIONS else 1
@@ -63,16 +63,16 @@ def _epilogue(case: Case) -> Spec:
 
 def forward(case: Case, make: Make) -> object:
     """Calls the forward on the tensors of a case."""
-    z = _matrix(case, make, of_z=True)
+    z = matrix(case, make, of_z=True)
     parameters = _parameters(case, make, z.shape[1])
-    residual = _matrix(case, make) if case["residual"] else None
+    residual = matrix(case, make) if case["residual"] else None
     seed = make((1,), torch.int64)
     return row_forward(z, *parameters, residual, seed, *_epilogue(case).row)
 
 
 def backward(case: Case, make: Make) -> object:
     """Calls the backward on the tensors of a case."""
-    dy, z = _matrix(case, make), _matrix(case, make, of_z=True)
+    dy, z = matrix(case, make), matrix(case, make, of_z=True)
     parameters = _parameters(case, make, z.shape[1])
     statistics = make((2, z.shape[0]), DTYPES["fp32"])
     seed = make((1,), torch.int64)

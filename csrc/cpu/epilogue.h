@@ -33,7 +33,8 @@ template <class T>
 struct GradientRow {
   const T *dy, *ahead;  // ahead: as Input::ahead
   uint64_t counter;
-  T* dz = nullptr;  // not null: g is dz, and nothing else is made of it
+  T* dz = nullptr;     // not null: g is dz, and nothing else is made of it
+  T* dgate = nullptr;  // where the gates' part of it is
 };
 
 // How none and relu are compiled.
@@ -106,7 +107,17 @@ struct Epilogue : Packs<T> {
     return block;
   }
 
-  // Columns [0, cols) of y; gates lie `cols` columns behind what they multiply.
+  // What makes h of half k of the columns.
+  template <class Input>
+  FUSED_INLINE static decltype(auto) half_of(const Input& input, int64_t k) {
+    if constexpr (kGated) {
+      return k ? input.gates() : input;
+    } else {
+      return (input);
+    }
+  }
+
+  // Columns [0, cols) of y; gates are `cols` columns behind what they multiply.
   template <class Input>
   FUSED_INLINE void output(int64_t cols, const Input& input, const OutputRow<T>& row) {
     if constexpr (kInside) {
@@ -132,7 +143,7 @@ struct Epilogue : Packs<T> {
       const int64_t size = std::min(kSegment, cols - first);
       const C* h[kHalves];
       for (int64_t k = 0; k < kHalves; ++k) {
-        h[k] = make_h(input, k * cols + first, size, blocks[k]);
+        h[k] = make_h(half_of(input, k), k * cols + first, size, blocks[k]);
       }
       const bool direct = bare && serve(row.y, size);
       C* const y_block = direct ? as_block(row.y + first) : blocks[0];
@@ -195,7 +206,7 @@ struct Epilogue : Packs<T> {
       const int64_t size = std::min(kSegment, end - first);
       const C* h[kHalves];
       for (int64_t k = 0; k < kHalves; ++k) {
-        h[k] = make_h(input, k * end + first, size, blocks[k]);
+        h[k] = make_h(half_of(input, k), k * end + first, size, blocks[k]);
       }
       const C* g = g_block;
       Base::prefetch(row.ahead + first, size);
@@ -211,7 +222,7 @@ struct Epilogue : Packs<T> {
       const bool direct = serve(row.dz, size);
       C* made[kHalves];
       for (int64_t k = 0; k < kHalves; ++k) {
-        made[k] = direct ? as_block(row.dz + k * end + first) : blocks[k];
+        made[k] = direct ? as_block((k ? row.dgate : row.dz) + k * end + first) : blocks[k];
       }
       if constexpr (kGated) {
         stages.gate_gradient(made[0], made[1], g, h[0], h[1], size);
@@ -223,7 +234,7 @@ struct Epilogue : Packs<T> {
         Base::for_each_pack(size, [&](int64_t from, auto count, auto n) FUSED_INLINE {
           V values[decltype(count)::value], x[decltype(count)::value]{};
           Base::load_pack(values, blocks[k] + from);
-          if (input.gives_x()) input.load(x, start + from, n);
+          if (input.gives_x()) half_of(input, k).load(x, start + from, n);
           done(values, x, start + from, n);
         });
       }

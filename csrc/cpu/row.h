@@ -9,9 +9,9 @@ namespace fused {
 
 // y = residual + dropout(activation(norm(z + bias))) over (rows, cols).
 //
-// z, residual, dy (storage type): rows of contiguous elements, strides in elements. y, dz:
-// contiguous. bias, norm_weight, norm_bias, mean, rstd: contiguous, in the compute type (float, or
-// double for double); null where absent.
+// z, residual, dy, y, dz (storage type): rows of contiguous elements, strides in elements. bias,
+// norm_weight, norm_bias, mean, rstd: contiguous, in the compute type (float, or double for
+// double); null where absent.
 struct RowProblem {
   int64_t cols = 0;
   Norm norm = Norm::none;
@@ -19,6 +19,8 @@ struct RowProblem {
   Stages stages;
   const void* z = nullptr;
   int64_t z_stride = 0;
+  const void* gate = nullptr;
+  int64_t gate_stride = 0;
   const void* bias = nullptr;
   const void* norm_weight = nullptr;
   const void* norm_bias = nullptr;
@@ -39,6 +41,8 @@ struct RowBackward : RowProblem {
   const void* added = nullptr;  // under a norm: what dz gets from elsewhere; may be null
   int64_t added_stride = 0;
   void* dz = nullptr;
+  void* dgate = nullptr;
+  int64_t dz_stride = 0;  // of both
   const void* mean = nullptr;
   const void* rstd = nullptr;
 };
@@ -68,7 +72,9 @@ constexpr int64_t forward_scratch(int64_t cols) {
 constexpr int64_t backward_scratch(int64_t cols) { return cols; }
 
 // Of a gated activation z, dz and the parameters have `cols` columns, an even number; residual, y
-// and dy have cols / 2, and y is not z.
+// and dy have cols / 2, and y is not z. The second half of the columns, the gates, are read behind
+// `gate` and written behind `dgate`, which are z and dz or, without a norm, where these columns
+// would begin if they were whole rows.
 struct RowKernels {
   ForwardKernel forward[kStorages][kThroughs];
   BackwardKernel backward[kStorages][kThroughs];

@@ -45,6 +45,7 @@ struct RowBackwardKernel : RowBackwardBase<T> {
   static void run(const RowBackward& problem, int64_t begin, int64_t end, const ColumnSums& sums,
                   void* scratch) {
     const int64_t cols = problem.cols, z_stride = problem.z_stride, dy_stride = problem.dy_stride;
+    const int64_t gate_stride = problem.gate_stride, dz_stride = problem.dz_stride;
     const int64_t dy_cols = kThrough == Through::gate ? cols / 2 : cols;
     const bool normed = problem.norm != Norm::none, centered = problem.norm == Norm::layer;
     const bool streaming = problem.stages.streaming;
@@ -60,17 +61,28 @@ struct RowBackwardKernel : RowBackwardBase<T> {
     for (int64_t row = begin; row < end; ++row) {
       const T* const z = static_cast<const T*>(problem.z) + row * z_stride;
       const T* const dy = static_cast<const T*>(problem.dy) + row * dy_stride;
-      const bool another = row + 1 < end;
-      T* const dz = static_cast<T*>(problem.dz) + row * cols;
-      const RowInput<T> input{{},      z,      another ? z + z_stride : z,
-                              nullptr, bias,   weight,
-                              shift,   normed, Base::statistics_of(problem, row)};
+      const T* const gate = static_cast<const T*>(problem.gate) + row * gate_stride;
+      const int64_t ahead = row + 1 < end;
+      T* const dz = static_cast<T*>(problem.dz) + row * dz_stride;
+      T* const dgate = static_cast<T*>(problem.dgate) + row * dz_stride;
+      const RowInput<T> input{{},
+                              z,
+                              z + ahead * z_stride,
+                              nullptr,
+                              bias,
+                              weight,
+                              shift,
+                              normed,
+                              Base::statistics_of(problem, row),
+                              gate,
+                              gate + ahead * gate_stride};
       V sum_g{}, sum_gx{};
       const auto done = [&](auto& g, auto& x, int64_t start, auto n) FUSED_INLINE {
         if (!normed) {
+          T* const out = kThrough == Through::gate && start >= dy_cols ? dgate : dz;
           each(g, start, [&](int k, int64_t i) FUSED_INLINE {
             if (dbias) add_to(dbias, i, g[k], n);
-            store_output(dz + i, g[k], n, streaming);
+            store_output(out + i, g[k], n, streaming);
           });
           return;
         }
@@ -97,8 +109,8 @@ struct RowBackwardKernel : RowBackwardBase<T> {
       };
       epilogue.gradient(
           0, dy_cols, input,
-          {dy, another ? dy + dy_stride : dy, static_cast<uint64_t>(row * counters_of(dy_cols)),
-           normed || dbias || streaming ? nullptr : dz},
+          {dy, dy + ahead * dy_stride, static_cast<uint64_t>(row * counters_of(dy_cols)),
+           normed || dbias || streaming ? nullptr : dz, dgate},
           done);
       if (!normed) continue;
       const V mean_g = broadcast<V>(centered ? sum_lanes(sum_g) * inverse : C(0));

@@ -21,6 +21,7 @@ struct RowForwardKernel : RowBase<T> {
     // would load it again for every vector.
     C* const scratch = static_cast<C*>(scratch_);
     const int64_t cols = problem.cols, z_stride = problem.z_stride;
+    const int64_t gate_stride = problem.gate_stride;
     const int64_t y_cols = kThrough == Through::gate ? cols / 2 : cols;
     const bool normed = problem.norm != Norm::none;
     const bool copied = normed && Base::must_copy(problem);
@@ -34,16 +35,20 @@ struct RowForwardKernel : RowBase<T> {
       if (normed) Base::statistics(problem, first, last, scratch);
       for (int64_t row = first; row < last; ++row) {
         const T* const z = static_cast<const T*>(problem.z) + row * z_stride;
+        const T* const gate = static_cast<const T*>(problem.gate) + row * gate_stride;
+        const int64_t ahead = row + batch < end ? batch : 0;
         const T* const residual = static_cast<const T*>(problem.residual);
         const RowInput<T> input{{},
                                 z,
-                                row + batch < end ? z + batch * z_stride : z,
+                                z + ahead * z_stride,
                                 copied ? scratch + (row - first) * cols : nullptr,
                                 bias,
                                 weight,
                                 shift,
                                 normed,
-                                Base::statistics_of(problem, row)};
+                                Base::statistics_of(problem, row),
+                                gate,
+                                gate + ahead * gate_stride};
         epilogue.output(y_cols, input,
                         {static_cast<T*>(problem.y) + row * problem.y_stride,
                          residual ? residual + row * problem.residual_stride : nullptr,

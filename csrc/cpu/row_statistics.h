@@ -54,6 +54,14 @@ struct RowInput : Packs<T> {
   static constexpr bool rescales() { return false; }
 
   bool gives_x() const { return normed; }
+
+  // The input of the second half of the columns.
+  FUSED_INLINE RowInput gates() const {
+    RowInput second = *this;
+    second.z = gate;
+    second.ahead = gate_ahead;
+    return second;
+  }
   const T* plain() const { return normed || bias || weight || shift ? nullptr : z; }
 
   const T *z, *ahead;
@@ -61,6 +69,7 @@ struct RowInput : Packs<T> {
   const C *bias, *weight, *shift;
   bool normed;
   RowStatistics<V> statistics;
+  const T *gate, *gate_ahead;  // z and ahead of the second half of the columns
 };
 
 // What does not depend on the activation, compiled once per storage type.

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from . import ops as _ops
+from . import ops as _ops  # noqa: F401  (it defines the operators)
 from .extension import LIBRARY, REASON
 from .first_kernel import cuda_cpp, gpu_reason
-from .launchers import LINEAR, TRITON, Launchers
+from .launchers import LINEAR, PLACES, TRITON, Launchers
 
 BACKENDS = ("auto", "triton", "cuda", "cpp", "reference")
 _DTYPES = {
@@ -193,7 +193,7 @@ def _for_cuda(name: str) -> Callable[..., Any]:
 
 
 _library = torch.library.Library("fused_lnad", "IMPL")
-for _name in _ops.OPERATORS:
+for _name in PLACES:
     _library.impl(_name, _for_cuda(_name), "CUDA")
 for _name, _launcher in LINEAR.items():
     _library.impl(_name, _launcher, "CUDA")

@@ -50,6 +50,8 @@ PLACES = {
     "row_backward": Place("row.backward", "row_backward"),
     "add_norm_forward": Place("row.add_norm", "add_norm_forward"),
     "add_norm_backward": Place("row.add_norm", "add_norm_backward"),
+    "gate_forward": Place("row.pair", "gate_forward"),
+    "gate_backward": Place("row.pair", "gate_backward"),
     "channel_apply_": Place("channel.forward", "channel_apply", in_place=True),
     **{
         f"channel_{name}": Place(f"channel.{module}", f"channel_{name}")

@@ -94,6 +94,19 @@ def _(dy, dh, h, norm_weight, norm_bias, statistics, seed, wanted, norm, eps, th
     return dx, *_row_gradients(h, norm_weight, norm_bias, wanted)
 
 
+@torch.library.register_fake("fused_lnad::gate_forward")
+def _(value, gate, seed, activation, t):
+    return value.new_empty(value.shape)
+
+
+@torch.library.register_fake("fused_lnad::gate_backward")
+def _(dy, value, gate, seed, activation, t, joined):
+    rows, cols = value.shape
+    if joined:
+        return value.new_empty((rows, 2 * cols)), value.new_empty((0, cols))
+    return value.new_empty((rows, cols)), value.new_empty((rows, cols))
+
+
 def _channels(z: Tensor, channels_last: bool) -> int:
     return z.shape[2 if channels_last else 1]
 
@@ -179,6 +192,8 @@ for _name in OPERATORS + GPU_OPERATORS:
 row_forward = torch.ops.fused_lnad.row_forward.default
 row_forward_ = torch.ops.fused_lnad.row_forward_.default
 row_backward = torch.ops.fused_lnad.row_backward.default
+gate_forward = torch.ops.fused_lnad.gate_forward.default
+gate_backward = torch.ops.fused_lnad.gate_backward.default
 add_norm_forward = torch.ops.fused_lnad.add_norm_forward.default
 add_norm_backward = torch.ops.fused_lnad.add_norm_backward.default
 linear_row_forward = torch.ops.fused_lnad.linear_row_forward.default

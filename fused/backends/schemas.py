@@ -79,4 +79,13 @@ _CHANNEL = (
     " -> (Tensor y, Tensor z, Tensor mean, Tensor variance)",
 )
 
-SCHEMAS = {schema.partition("(")[0]: schema for schema in (*_ROW, *_ADD_NORM, *_CHANNEL)}
+# A gate of two tensors: y = dropout(value · act(gate)) over (rows, cols), by the code of the gated
+# activation, each tensor with a row stride of its own. joined: gate and value are, in this order,
+# the halves of one tensor; dvalue is the gradient of all of it, (rows, 2 cols), and dgate is empty.
+_PAIR = "Tensor value, Tensor gate, Tensor? seed, int activation, int threshold"
+_GATE = (
+    f"gate_forward({_PAIR}) -> Tensor y",
+    f"gate_backward(Tensor dy, {_PAIR}, bool joined) -> (Tensor dvalue, Tensor dgate)",
+)
+
+SCHEMAS = {schema.partition("(")[0]: schema for schema in (*_ROW, *_ADD_NORM, *_CHANNEL, *_GATE)}

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from ..chain.grammar import ACTIVATION, DROPOUT, LINEAR, NORM
 from ..chain.guard import memory_order
 from ..run.add_norm import add_norm
+from ..run.gate import gate as run_gate
 from ..run.prepare import run
 from ..run.running import ChannelNorm
 from ..spec import CHANNEL_NORMS, Spec, known_parameters, make_spec
@@ -17,7 +18,7 @@ from .chains import Found
 from .forms import value
 
 
-def fused_chain(
+def fused_chain(  # noqa: PLR0913  a graph takes no tuples of nodes as one
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -26,6 +27,7 @@ def fused_chain(
     mean: Tensor | None,
     variance: Tensor | None,
     residual: Tensor | None,
+    gate: Tensor | None,
     spec: Spec,
     momentum: float | None,
     dims: int,
@@ -35,11 +37,15 @@ def fused_chain(
 
     Args:
         mean, variance: running statistics.
+        gate: of a gate of two tensors, x · activation(gate); x itself where gate and value are its
+            halves in this order.
         momentum: the weight of new statistics in them; None: they are what is normalised with.
         dims: how many trailing dimensions a norm along rows normalises.
         order: of x's dimensions in memory, where there is neither Linear nor norm and x is not
             contiguous; else None.
     """
+    if gate is not None:
+        return run_gate(spec, x, None if gate is x else gate)
     if order is not None:
         residual = None if residual is None else residual.permute(order)
         y = run(spec, x.permute(order), residual=residual)
@@ -106,6 +112,7 @@ def call_of(chain: Found) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         *parameters,
         *map(tensors.get, ("mean", "variance")),
         chain.residual,
+        chain.gate,
         spec,
         numbers.get("momentum", 0.0) if own else None,
         len(numbers.get("shape", (0,))),

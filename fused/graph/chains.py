@@ -20,7 +20,7 @@ from ..chain.grammar import (
 )
 from ..chain.guard import dtypes_reason, memory_order
 from ..spec import CHANNEL_NORMS, GATED_ACTIVATIONS, ROW_NORMS
-from . import written
+from . import gates
 from .forms import Stage, laid_out_alike, stage_of, value
 from .memory import Memory, target_name
 
@@ -77,6 +77,11 @@ class Found:
         stage = self.part(RESIDUAL)
         return stage.node if stage is not None and is_add_norm(self.kinds) else None
 
+    @property
+    def gate(self) -> fx.Node | None:
+        """What gates the source, by its activation; the source itself: the first of its halves."""
+        return self.stages[0].tensors.get("gate")
+
     def reads(self) -> list[Any]:
         """What its call reads from outside."""
         tensors = [node for stage in self.stages for node in stage.tensors.values()]
@@ -104,7 +109,7 @@ def find(graph: fx.Graph) -> tuple[list[Found], dict[fx.Node, str]]:
                 refused[node] = reason
         elif stage is not None:
             refused[node] = stage
-    written.collect(graph, stages)
+    gates.collect(graph, stages)
     owner = {node: stage for stage in stages.values() for node in stage.nodes}
     taken: set[Stage] = set()
     found = []
@@ -141,7 +146,7 @@ def _order_reason(chain: Found, memory: Memory) -> str:
         ):
             return "the norm's parameters are made after the sum"
         reads = [*reads, chain.total]
-    return memory.move_reason(chain.nodes, reads, chain.source)
+    return memory.move_reason(chain.nodes, reads, (chain.source, chain.gate))
 
 
 def _next(chain: Found, owner: dict[fx.Node, Stage], taken: set[Stage]) -> Stage | None:
@@ -160,7 +165,8 @@ def _next(chain: Found, owner: dict[fx.Node, Stage], taken: set[Stage]) -> Stage
         return None
     if stage.kind == RESIDUAL:
         both = value(stage.source), value(stage.tensors["other"])
-        return stage if laid_out_alike(*both) else None
+        # The kernels add nothing to a gate of two tensors.
+        return stage if chain.gate is None and laid_out_alike(*both) else None
     if stage.source is not last or last in stage.tensors.values():
         return None
     return stage if _goes_with(chain, stage) else None
@@ -174,6 +180,8 @@ def _goes_with(chain: Found, stage: Stage) -> bool:
         return (dropout is None or dropout.name == "elements") and x.is_contiguous()
     channels = norm is not None and norm.name in CHANNEL_NORMS
     gated = stage.name in GATED_ACTIVATIONS
+    if "gate" in stage.tensors:
+        return False
     if stage.kind == ACTIVATION and gated:
         return not channels and (norm is None or len(norm.numbers["shape"]) == 1)
     if stage.kind == DROPOUT and stage.name == "channels":
@@ -189,6 +197,8 @@ def _reason(chain: Found) -> str:
     # The norm reads what autocast makes of a Linear's input; its own node knows.
     read = x if norm is None else value(norm.source)
     reason = backend.reason(x.device.type, read.dtype)
+    if chain.gate is not None and backend.choose(x.device.type, x.dtype) == "cuda":
+        reason = "CUDA C++ has no gate of two tensors"
     if reason:
         return reason
     if residual is not None and value(residual).device != x.device:
@@ -201,7 +211,12 @@ def _reason(chain: Found) -> str:
             return reason or f"its eps is {norm.numbers['eps']}"
         if norm.numbers.get("written") and not dtypes <= {read.dtype, value(chain.last).dtype}:
             return _dtypes(chain, norm, dtypes, read)
-    elif chain.part(LINEAR) is None and not x.is_contiguous() and not _channelwise(chain):
+    elif (
+        chain.part(LINEAR) is None
+        and chain.gate is None
+        and not x.is_contiguous()
+        and not _channelwise(chain)
+    ):
         if chain.stages[0].name in GATED_ACTIVATIONS:
             return "its input is not contiguous, and is halved"
         if memory_order(x) is None:

@@ -108,17 +108,19 @@ class Memory:
                         return "it writes in place to what is read later"
         return ""
 
-    def move_reason(self, nodes: Iterable[fx.Node], reads: Iterable[Any], source: fx.Node) -> str:
+    def move_reason(
+        self, nodes: Iterable[fx.Node], reads: Iterable[Any], saved: Iterable[Any]
+    ) -> str:
         """Why these nodes cannot run together where the last of them stands.
 
         Args:
             reads: what they read from outside.
-            source: the first of it, which is kept for backward.
+            saved: the part of it that is kept for backward.
         """
         inside = set(nodes)
         positions = [self.position[node] for node in inside]
         changed = storages(n for node in inside for n in statistics_written(node))
-        read, kept = storages(reads), storages([source])
+        read, kept = storages(reads), storages(saved)
         for node in self.order[min(positions) : max(positions)]:
             if node in inside:
                 continue

@@ -1,4 +1,4 @@
-"""Stages that a model writes out in several calls: RMSNorm, activations, gates.
+"""Stages that a model writes out in several calls: RMSNorm and activations; gates.py has gates.
 
 Each is found from the one call that only it has (rsqrt, tanh, erf, a product) and is a single
 `Stage`, whose inner calls nothing else reads.
@@ -8,39 +8,37 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
 from ..chain.grammar import ACTIVATION, NORM
-from ..spec import GATED_ACTIVATIONS
 from .forms import Stage, same, value
 
 _ADD = (operator.add, operator.iadd, torch.add, "add")
-_MUL = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "multiply")
+MUL = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "multiply")
 _CASTS = ("to", "float", "type_as", "type", "half", "bfloat16", "double")
 _POW = (operator.pow, torch.pow, "pow", "__pow__")
 _MEAN = (torch.mean, "mean")
 _ROOT = (torch.rsqrt, "rsqrt")
 _TANH = (torch.tanh, "tanh")
 _ERF = (torch.erf, "erf", torch.special.erf)
-_CHUNK = (torch.chunk, "chunk", torch.split, "split", torch.functional.split)
 
 
-def _is(node: Any, *targets: Any) -> bool:
+def is_call(node: Any, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.op.startswith("call_") and node.target in targets
 
 
 def is_cast(node: fx.Node) -> bool:
     """Whether a call changes the dtype alone."""
-    return _is(node, *_CASTS)
+    return is_call(node, *_CASTS)
 
 
-def _operands(node: Any, *targets: Any) -> Iterator[tuple[Any, Any]]:
+def operands(node: Any, *targets: Any) -> Iterator[tuple[Any, Any]]:
     """The two operands of a commutative call, in both orders."""
-    if _is(node, *targets) and len(node.args) == 2 and not node.kwargs:
+    if is_call(node, *targets) and len(node.args) == 2 and not node.kwargs:
         a, b = node.args
         yield a, b
         yield b, a
@@ -53,21 +51,21 @@ def _near(number: Any, wanted: float) -> bool:
 
 def _scaled(node: Any, factor: float) -> Any:
     """What is multiplied by a number, or divided by its inverse."""
-    for x, number in _operands(node, *_MUL):
+    for x, number in operands(node, *MUL):
         if _near(number, factor):
             return x
-    if _is(node, operator.truediv, torch.div, "div") and _near(node.args[1], 1 / factor):
+    if is_call(node, operator.truediv, torch.div, "div") and _near(node.args[1], 1 / factor):
         return node.args[0]
     return None
 
 
 def _square(node: Any) -> Any:
     """What is squared."""
-    if _is(node, *_POW) and _near(node.args[1], 2):
+    if is_call(node, *_POW) and _near(node.args[1], 2):
         return node.args[0]
-    if _is(node, torch.square, "square"):
+    if is_call(node, torch.square, "square"):
         return node.args[0]
-    if _is(node, *_MUL) and len(node.args) == 2 and node.args[0] is node.args[1]:
+    if is_call(node, *MUL) and len(node.args) == 2 and node.args[0] is node.args[1]:
         return node.args[0]
     return None
 
@@ -93,10 +91,10 @@ def rms_norm(root: fx.Node) -> Stage | None:
 
     Llama casts before the weight, T5 where the weight is narrow, Gemma after 1 + weight.
     """
-    if not _is(root, *_ROOT):
+    if not is_call(root, *_ROOT):
         return None
-    for mean, eps in _operands(root.args[0], *_ADD):
-        if not _is(mean, *_MEAN) or not isinstance(eps, float) or eps <= 0:
+    for mean, eps in operands(root.args[0], *_ADD):
+        if not is_call(mean, *_MEAN) or not isinstance(eps, float) or eps <= 0:
             continue
         given = dict(zip(("input", "dim", "keepdim"), mean.args, strict=False)) | mean.kwargs
         source = _square(given.get("input"))
@@ -113,7 +111,7 @@ def rms_norm(root: fx.Node) -> Stage | None:
             continue
         if dims not in ((-1,), (value(x).dim() - 1,)):
             continue
-        if not any(b is root and _cast_of(a) is x for a, b in _operands(product, *_MUL)):
+        if not any(b is root and _cast_of(a) is x for a, b in operands(product, *MUL)):
             continue
         inner = [given["input"], mean, root.args[0], root]
         return _with_weight(x, product, inner, eps)
@@ -141,7 +139,7 @@ def _with_weight(x: fx.Node, product: fx.Node, inner: list[fx.Node], eps: float)
         if reader is None or value(reader) is None:
             break
         if not is_cast(reader) or reader.args[0] is not node:
-            vectors = [b for a, b in _operands(reader, *_MUL) if a is node]
+            vectors = [b for a, b in operands(reader, *MUL) if a is node]
             if weight is not None or not vectors or value(vectors[0]) is None:
                 break
             weight = vectors[0]
@@ -152,7 +150,7 @@ def _with_weight(x: fx.Node, product: fx.Node, inner: list[fx.Node], eps: float)
     return best
 
 
-def _activation(name: str, node: fx.Node, x: Any, inner: list[fx.Node]) -> Stage | None:
+def activation(name: str, node: fx.Node, x: Any, inner: list[fx.Node]) -> Stage | None:
     nodes = [*inner, node]
     if value(x) is None or value(node) is None or not _private(nodes):
         return None
@@ -164,14 +162,14 @@ def _activation(name: str, node: fx.Node, x: Any, inner: list[fx.Node]) -> Stage
 def _half_of_one_plus(inner: fx.Node, x: Any) -> tuple[fx.Node, list[fx.Node]] | None:
     """The call that ends ½ · x · (1 + inner), however it is bracketed, and the calls between."""
     plus = _only_reader(inner)
-    if plus is None or not any(b is inner and _near(a, 1) for a, b in _operands(plus, *_ADD)):
+    if plus is None or not any(b is inner and _near(a, 1) for a, b in operands(plus, *_ADD)):
         return None
     node, nodes, half, times = plus, [plus], False, False
     while not (half and times):
         reader = _only_reader(node)
         if reader is None:
             return None
-        other = next((b for a, b in _operands(reader, *_MUL) if a is node), None)
+        other = next((b for a, b in operands(reader, *MUL) if a is node), None)
         if not half and _near(other, 0.5):
             half = True
         elif not times and other is x:
@@ -188,30 +186,30 @@ def _half_of_one_plus(inner: fx.Node, x: Any) -> tuple[fx.Node, list[fx.Node]] |
 
 def gelu(node: fx.Node) -> Stage | None:
     """½ · x · (1 + erf(x / √2)), or with tanh(√(2/π) · (x + 0.044715 · x³)), as GPT-2 has it."""
-    if _is(node, *_ERF):
+    if is_call(node, *_ERF):
         x, name, inner = (
             _scaled(node.args[0], math.sqrt(0.5)),
             "gelu",
             [*node.all_input_nodes, node],
         )
-    elif _is(node, *_TANH):
+    elif is_call(node, *_TANH):
         total = _scaled(node.args[0], math.sqrt(2 / math.pi))
         x, name, inner = None, "gelu_tanh", [*node.all_input_nodes, node]
-        for a, b in _operands(total, *_ADD):
+        for a, b in operands(total, *_ADD):
             cube = _scaled(b, 0.044715)
-            if _is(cube, *_POW) and _near(cube.args[1], 3) and cube.args[0] is a:
+            if is_call(cube, *_POW) and _near(cube.args[1], 3) and cube.args[0] is a:
                 x, inner = a, [cube, b, total, *inner]
     else:
         return None
     ended = None if x is None else _half_of_one_plus(node, x)
-    return ended and _activation(name, ended[0], x, [*inner, *ended[1]])
+    return ended and activation(name, ended[0], x, [*inner, *ended[1]])
 
 
 def silu(node: fx.Node) -> Stage | None:
     """x · sigmoid(x)."""
-    for x, gate in _operands(node, *_MUL):
-        if _is(gate, torch.sigmoid, "sigmoid", torch.special.expit) and gate.args[0] is x:
-            return _activation("silu", node, x, [gate])
+    for x, gate in operands(node, *MUL):
+        if is_call(gate, torch.sigmoid, "sigmoid", torch.special.expit) and gate.args[0] is x:
+            return activation("silu", node, x, [gate])
     return None
 
 
@@ -221,80 +219,4 @@ def relu_squared(node: fx.Node, stages: dict[fx.Node, Stage]) -> Stage | None:
     stage = stages.get(inner) if isinstance(inner, fx.Node) else None
     if stage is None or stage.name != "relu":
         return None
-    return _activation("relu_squared", node, stage.source, list(stage.nodes))
-
-
-def _half(node: Any) -> tuple[fx.Node, int] | None:
-    """(x, i) where a node is the i-th half of x along its last dimension."""
-    whole, part = value(node), None
-    if not _is(node, operator.getitem):
-        return None
-    source, index = node.args
-    if _is(source, *_CHUNK) and index in (0, 1):
-        given = dict(zip(("input", "size", "dim"), source.args, strict=False)) | source.kwargs
-        pieces = source.meta.get("example_value")
-        x, dim = given["input"], given.get("dim", 0)
-        if not isinstance(pieces, tuple | list) or len(pieces) != 2:
-            return None
-        if value(x) is None or dim not in (-1, value(x).dim() - 1):
-            return None
-        part = index
-    elif isinstance(index, tuple) and isinstance(index[-1], slice) and value(source) is not None:
-        x, cut = source, index[-1]
-        if index[:-1] not in ((Ellipsis,), (slice(None),) * (value(x).dim() - 1)):
-            return None
-        n = value(x).shape[-1]
-        if not isinstance(n, int) or cut.step is not None:
-            return None
-        part = {(None, n // 2): 0, (0, n // 2): 0, (n // 2, None): 1, (n // 2, n): 1}.get(
-            (cut.start, cut.stop)
-        )
-    else:
-        return None
-    n = value(x).shape[-1]
-    if part is None or whole is None or not isinstance(n, int) or whole.shape[-1] * 2 != n:
-        return None
-    return x, part
-
-
-def gate(node: fx.Node, stages: dict[fx.Node, Stage]) -> Stage | None:
-    """a · activation(b) of the halves (a, b) of one tensor."""
-    for a, b in _operands(node, *_MUL):
-        stage = stages.get(b) if isinstance(b, fx.Node) else None
-        if stage is None or stage.kind != ACTIVATION or any(stage.numbers.values()):
-            continue
-        first, second = _half(a), _half(stage.source)
-        if first is None or second is None or first[0] is not second[0]:
-            continue
-        name = next((n for n, g in GATED_ACTIVATIONS.items() if g.gate == stage.name), None)
-        if name is None or (first[1], second[1]) != (0, 1):
-            continue
-        inner = {a, stage.source, *stage.nodes}
-        inner |= {h.args[0] for h in (a, stage.source) if _is(h.args[0], *_CHUNK)}
-        return _activation(name, node, first[0], sorted(inner, key=_order(node)))
-    return None
-
-
-def is_gate(node: fx.Node, stages: Iterable[Stage]) -> bool:
-    """Whether a call multiplies an activation with another tensor of its shape."""
-    activations = {stage.node for stage in stages if stage.kind == ACTIVATION}
-    return any(
-        b in activations and value(a) is not None and same(value(a).shape, value(b).shape)
-        for a, b in _operands(node, *_MUL)
-    )
-
-
-def _order(node: fx.Node) -> Callable[[fx.Node], int]:
-    position = {n: i for i, n in enumerate(node.graph.nodes)}
-    return position.__getitem__
-
-
-def collect(graph: fx.Graph, stages: dict[fx.Node, Stage]) -> None:
-    """Adds the stages that are written out, and removes those that are parts of them."""
-    for node in graph.nodes:
-        found = rms_norm(node) or gelu(node) or silu(node)
-        found = found or relu_squared(node, stages) or gate(node, stages)
-        if found is not None:
-            for inner in found.nodes:
-                stages.pop(inner, None)
-            stages[found.node] = found
+    return activation("relu_squared", node, stage.source, list(stage.nodes))

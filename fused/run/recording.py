@@ -6,6 +6,8 @@ see plain torch operators.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -50,10 +52,21 @@ def transformed() -> bool:
     return functorch_active() or _forward_ad._current_level >= 0
 
 
-def composite(x: Tensor) -> bool:
-    """Whether the chain runs as plain torch operators rather than as one operator."""
+def composite(x: Tensor, without: str = "") -> bool:
+    """Whether the chain runs as plain torch operators rather than as one operator.
+
+    without: what has no CUDA C++ kernel, where that is so.
+    """
     if transformed() or recorded_plain() or not is_plain(x):  # DTensor, for one
         return True
     if x.is_cpu:
         return choose("cpu", x.dtype) == "reference"
-    return choose(x.device.type, x.dtype, x.get_device()) == "reference"
+    chosen = choose(x.device.type, x.dtype, x.get_device())
+    if without and chosen == "cuda":
+        if not is_dynamo_compiling():
+            warnings.warn(
+                f"fused: {without} in plain torch, right but slower: CUDA C++ has no kernel for it",
+                stacklevel=2,
+            )
+        return True
+    return chosen == "reference"

@@ -92,6 +92,16 @@ def row(
     return y if residual is None else residual + y
 
 
+def gate(value: Tensor, gate: Tensor, spec: Spec, seed: Tensor | None) -> Tensor:
+    """dropout(value · activation(gate)) over (rows, cols); the name of the gated activation stands
+    for that of its gate."""
+    y = value * activate(gate, GATED_ACTIVATIONS[str(spec.activation)].gate)
+    if spec.threshold:
+        assert seed is not None
+        y = dropout(y, spec.threshold, seed)
+    return y
+
+
 def channel_statistics(
     z: Tensor, spec: Spec, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

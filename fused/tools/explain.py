@@ -19,8 +19,8 @@ from ..chain.plan import make_steps, printable
 from ..graph import policy
 from ..graph.chains import Found, find
 from ..graph.forms import FORMS, Stage, place, value
+from ..graph.gates import is_gate
 from ..graph.rewrite import difference, identities, remove_identities
-from ..graph.written import is_gate
 
 __all__ = ["Call", "Explanation", "explain"]
 
@@ -188,15 +188,18 @@ def _calls(graph: fx.Graph, reached: set[str]) -> Iterator[Call]:
         reason = reasons["inductor"] or reasons["eager"]
         for stage in chain.stages:
             own = ("fuse_",) if _path(stage.node) in reached else ()
+            name = chain.describe()
             if stage.kind != LINEAR:
-                name = chain.describe()
                 calls[stage.node] = _call(stage.node, reason, stage, name, own + ways)
+            if "gate" in stage.tensors:
+                inner = (n for n in stage.nodes if n.target in FORMS)
+                calls |= {n: _call(n, reason, None, name, ways) for n in (*inner, stage.node)}
     stages = [stage for chain in chains for stage in chain.stages]
     for node in order:
         if node in refused and FORMS[node.target].kind != LINEAR:
             calls[node] = _call(node, refused[node])
         elif node not in calls and not node._erased and is_gate(node, stages):
-            calls[node] = _call(node, "a gate of two tensors")
+            calls[node] = _call(node, "its activation is in another chain, or none that gates")
     return (calls[node] for node in order if node in calls)
 
 

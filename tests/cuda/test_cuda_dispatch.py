@@ -49,7 +49,9 @@ def test_chosen_where_triton_does_not_serve(reasons: dict[str, str]) -> None:
 def test_operators_take_the_launchers_of_the_backend(reasons: dict[str, str]) -> None:
     assert backend.cuda_launchers(FLOAT, 0) is launchers.TRITON
     own = backend.cuda_launchers(DOUBLE, 0)
-    assert set(own) == set(ops.OPERATORS) == set(launchers.TRITON)
+    assert set(launchers.TRITON) <= set(ops.OPERATORS)
+    # In their place plain torch serves (test_gate.py).
+    assert set(launchers.TRITON) - set(own) == {"gate_forward", "gate_backward"}
     assert own["row_forward"] is cuda_row.row_forward
     with fused.use_backend("cuda"):
         assert backend.cuda_launchers(FLOAT, 0) is own

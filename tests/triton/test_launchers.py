@@ -20,7 +20,7 @@ from fused.kernels.channel import backward as channel_backward
 from fused.kernels.channel import forward as channel
 from fused.kernels.gemm import channel as gemm_channel
 from fused.kernels.gemm import row as gemm_row
-from fused.kernels.row import add_norm
+from fused.kernels.row import add_norm, pair
 from fused.kernels.row import backward as row_backward
 from fused.kernels.row import forward as row
 from fused.kernels.tuning import rules as tuning
@@ -31,7 +31,10 @@ from fused.spec import NORM_CODES
 PLACES = launchers.PLACES | launchers.LINEAR_PLACES
 MODULES = {
     module.__name__.removeprefix("fused.kernels."): module
-    for module in (add_norm, channel, channel_backward, gemm_channel, gemm_row, row, row_backward)
+    for module in (
+        *(add_norm, channel, channel_backward, gemm_channel, gemm_row),
+        *(pair, row, row_backward),
+    )
 }
 
 
