@@ -168,7 +168,7 @@ class TestMeasures:
         monkeypatch.syspath_prepend(str(EXAMPLES))
 
     def test_auc_counts_pairs(self) -> None:
-        from flights_training import area_under_curve
+        from flights_task import area_under_curve
 
         generator = torch.Generator().manual_seed(0)
         scores = torch.randint(0, 20, (200,), generator=generator).float()  # with many ties
@@ -178,7 +178,7 @@ class TestMeasures:
         assert area_under_curve(scores, labels) == pytest.approx(pairs.item(), abs=1e-12)
 
     def test_a_worse_build_disagrees(self) -> None:
-        from flights_agreement import Comparison
+        from agreement import Comparison
 
         eager = (0.4900, 0.4904, 0.4908)
         assert Comparison("loss", eager, (0.4902, 0.4903, 0.4909)).agree
