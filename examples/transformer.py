@@ -51,12 +51,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--steps", type=int, default=400, help="of each build, if they fit into --minutes")
-    add("--minutes", type=float, default=2.0, help="for the training of both builds")
+    add("--minutes", type=float, default=1.75, help="for the training of both builds")
     add("--batch", type=int, default=16)
     add("--context", type=int, default=128, help="characters that a prediction sees")
     add("--features", type=int, default=128)
     add("--heads", type=int, default=4)
-    add("--layers", type=int, default=4)
+    add("--layers", type=int, default=3)
     add("--norm", choices=list(NORMS), default="rms")
     add("--dropout", type=float, default=0.1)
     add("--write", type=int, default=240, help="characters to generate at the end")
@@ -170,7 +170,7 @@ def main() -> int:
     seconds = sum(runs[0].clock.seconds for runs in plain.values()) / SPEED_STEPS
     steps = max(1, min(args.steps, int(60 * args.minutes / seconds / RESERVE)))
     print(f"\ntraining: {steps} steps of {args.batch} × {args.context} characters")
-    recipe = Recipe(steps, args.batch, device, evaluations=12, chunk=8)
+    recipe = Recipe(steps, args.batch, device, evaluations=10, chunk=8)
     runs = train(builds, task, recipe, args.seed + 1)
 
     kept = {name: kept_bytes(runs[name][0].model, task, recipe) for name in builds}

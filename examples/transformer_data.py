@@ -19,7 +19,7 @@ from torch import Tensor
 
 HELD_OUT = 20  # every 20th chapter
 EVALUATION_BATCH = 32
-EVALUATION_WINDOWS = 128
+EVALUATION_WINDOWS = 64
 
 
 def read_chapters() -> list[str]:

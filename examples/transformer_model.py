@@ -23,7 +23,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         samples, length, features = x.shape
         qkv = self.qkv(x).view(samples, length, 3, self.heads, features // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
         y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(samples, length, features))
 
