@@ -107,8 +107,8 @@ class Run:
     """One model in training, with its optimiser, its clock and its curve.
 
     Attributes:
-        curve: one value per evaluation of "epoch", "seconds" (of training, evaluations left out),
-            "train_loss" and each metric of the task.
+        curve: one value per evaluation of "step", "epoch", "seconds" (of training, evaluations
+            left out), "train_loss" and each metric of the task.
     """
 
     def __init__(self, model: nn.Module, task: Task, recipe: Recipe) -> None:
@@ -150,14 +150,15 @@ class Run:
         clock.close_chunk(keep_times)
 
     @torch.no_grad()
-    def evaluate(self, epoch: float) -> None:
+    def evaluate(self, step: int) -> None:
         """Appends to the curve: mean training loss since the last call, and the metrics."""
         self.model.eval()
         with self._recipe.autocast():
             metrics = self._task.evaluate(self.model)
         loss = torch.stack(self._losses).mean().item()
         self._losses.clear()
-        own = {"epoch": epoch, "seconds": self.clock.seconds, "train_loss": loss}
+        epoch = step / steps_per_epoch(self._task.rows, self._recipe.batch)
+        own = {"step": step, "epoch": epoch, "seconds": self.clock.seconds, "train_loss": loss}
         for name, value in (own | metrics).items():
             self.curve[name].append(value)
 
@@ -196,7 +197,7 @@ def train_in_turns(
             for name in order:
                 runs[name].train_chunk(chunk, keep_times)
                 if done == stop and recipe.evaluations:
-                    runs[name].evaluate(done / steps_per_epoch(task.rows, recipe.batch))
+                    runs[name].evaluate(done)
                 on_chunk(name, runs[name], done / total)
             order.reverse()
     return runs

