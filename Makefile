@@ -2,6 +2,7 @@
 # the first run creates .venv and installs everything that requirements/dev.txt pins.
 
 PYTHON ?= python3
+DEMO ?= flights
 TESTS ?= tests
 # Two processes side by side, each with one thread; tests that need several threads ask for them.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv/bin/pytest -n $(or $(JOBS),2) --dist worksteal
@@ -37,8 +38,8 @@ $(BIN)/python:
 $(EXTENSION): $(CSRC) setup.py fused/backends/schemas.py .venv/.installed
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-demo: setup ## train on real data, fused against plain torch
-	$(BIN)/python examples/flights.py
+demo: setup ## train on real data, fused against plain torch (DEMO=flights or transformer)
+	$(BIN)/python examples/$(DEMO).py
 
 test: setup ## run the tests (TESTS=tests/test_x.py for a part, JOBS=n processes)
 	$(PYTEST) $(TESTS)

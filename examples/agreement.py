@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 
 import torch
-import torch.nn.functional as F
-from flights_data import Table
-from flights_training import Recipe
 from torch import Tensor, nn
+from training import Recipe, Task
 
 # Student's t at 99.75 % by degrees of freedom (2 · repeats − 2): two-sided 0.5 % for each of two
 # metrics, so that equal builds are called different once in a hundred times.
@@ -34,14 +32,21 @@ class StepCheck:
     def passed(self) -> bool:
         return self.fused <= self.limit
 
+    def sentence(self) -> str:
+        return (
+            f"one step without dropout, worst error of loss and gradients against float64:"
+            f" eager {self.eager:.1e}, fused {self.fused:.1e} (limit {self.limit:.1e}):"
+            f" {'passed' if self.passed else 'FAILED'}"
+        )
 
-def check_step(eager: nn.Module, fused: nn.Module, batch: Table, recipe: Recipe) -> StepCheck:
+
+def check_step(eager: nn.Module, fused: nn.Module, task: Task, recipe: Recipe) -> StepCheck:
     """One forward and backward of both builds with dropout 0, each held against float64."""
-    exact = _step(copy.deepcopy(eager).double(), batch, recipe, torch.float64)
+    exact = _step(copy.deepcopy(eager).double(), task, recipe, torch.float64)
     largest = max(tensor.abs().max().item() for tensor in exact)
 
     def error(model: nn.Module) -> float:
-        found = _step(copy.deepcopy(model), batch, recipe, recipe.dtype)
+        found = _step(copy.deepcopy(model), task, recipe, recipe.dtype)
         worst = 0.0
         for tensor, truth in zip(found, exact, strict=True):
             # A gradient that is zero but for rounding is measured by the others' size.
@@ -54,22 +59,36 @@ def check_step(eager: nn.Module, fused: nn.Module, batch: Table, recipe: Recipe)
     return StepCheck(eager_error, fused_error, 2 * eager_error + 2 * torch.finfo(recipe.dtype).eps)
 
 
-def _step(model: nn.Module, batch: Table, recipe: Recipe, dtype: torch.dtype) -> list[Tensor]:
-    """The loss and the gradient of every parameter of one step without dropout."""
-    model.train()
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model itself, whose dropouts now drop nothing."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    return model
+
+
+def _first_batch(task: Task, recipe: Recipe) -> tuple[tuple[Tensor, ...], Tensor]:
+    return task.batch(torch.arange(min(recipe.batch, task.rows), device=recipe.device))
+
+
+def _step(model: nn.Module, task: Task, recipe: Recipe, dtype: torch.dtype) -> list[Tensor]:
+    """The loss and the gradient of every parameter of one step without dropout."""
+    without_dropout(model).train()
     mixed = dtype not in (torch.float32, torch.float64)
+
+    def cast(tensor: Tensor, other: torch.dtype) -> Tensor:
+        return tensor.to(other) if tensor.is_floating_point() else tensor
+
+    inputs, target = _first_batch(task, recipe)
     with torch.autocast(recipe.device.type, recipe.dtype, enabled=mixed):
-        logits = model(batch.categorical, batch.numeric if mixed else batch.numeric.to(dtype))
-    logits = logits.to(torch.promote_types(dtype, torch.float32))
-    loss = F.binary_cross_entropy_with_logits(logits, batch.late.to(logits.dtype))
+        output = model(*(tensor if mixed else cast(tensor, dtype) for tensor in inputs))
+    output = output.to(torch.promote_types(dtype, torch.float32))
+    loss = task.loss(output, cast(target, output.dtype))
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     return [loss.detach(), *gradients]
 
 
-def kept_bytes(model: nn.Module, batch: Table, recipe: Recipe) -> int:
+def kept_bytes(model: nn.Module, task: Task, recipe: Recipe) -> int:
     """Bytes that a training forward keeps for backward, each storage once, parameters left out."""
     kept: dict[int, int] = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -81,9 +100,10 @@ def kept_bytes(model: nn.Module, batch: Table, recipe: Recipe) -> int:
         return tensor.detach()
 
     model.train()
+    inputs, _ = _first_batch(task, recipe)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), recipe.autocast():
-        logits = model(batch.categorical, batch.numeric)  # alive, so that no address is used twice
-    del logits
+        output = model(*inputs)  # alive, so that no address is used twice
+    del output
     return sum(kept.values())
 
 

@@ -8,47 +8,50 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from flights_data import Table
 from torch import Tensor, nn
 
 PARTS = ("data", "forward", "loss", "backward", "optimizer")
-CHUNK_STEPS = 16
-EVALUATION_BATCH = 8192
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained; both builds follow the same one."""
 
-    epochs: int
+    steps: int
     batch: int
     device: torch.device
     dtype: torch.dtype = torch.float32
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
-    evaluations_per_epoch: int = 4
+    evaluations: int = 16
+    chunk: int = 16  # steps that one build takes before the next one's turn
 
     def autocast(self) -> AbstractContextManager:
         """Mixed precision, where `dtype` asks for it."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-@dataclass
-class Curve:
-    """What a run is judged by, one entry per evaluation."""
+class Task(Protocol):
+    """What a model is trained on, and by what it is judged."""
 
-    epoch: list[float] = field(default_factory=list)
-    train_loss: list[float] = field(default_factory=list)
-    valid_loss: list[float] = field(default_factory=list)
-    valid_auc: list[float] = field(default_factory=list)
+    rows: int  # training samples
+
+    def batch(self, rows: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The model's inputs and the target of some training samples."""
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """The mean loss of a batch."""
+
+    def evaluate(self, model: Callable[..., Tensor]) -> dict[str, float]:
+        """Name → value of each metric on held-out data; a model in evaluation mode."""
 
 
 class Clock:
@@ -63,6 +66,7 @@ class Clock:
         self._started = 0.0
         self.steps: list[list[float]] = []  # seconds of PARTS, one row a step
         self.chunks: list[float] = []  # seconds
+        self.seconds = 0.0  # of all chunks, also those that are not kept
 
     def start_chunk(self) -> None:
         """Called with nothing pending on the device."""
@@ -82,6 +86,7 @@ class Clock:
         if self._cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._started
+        self.seconds += seconds
         stride = len(PARTS) + 1
         if keep:
             self.chunks.append(seconds)
@@ -99,36 +104,41 @@ def _seconds(start: Any, end: Any) -> float:
 
 
 class Run:
-    """One model in training, with its optimiser, its clock and its curve."""
+    """One model in training, with its optimiser, its clock and its curve.
 
-    def __init__(self, model: nn.Module, recipe: Recipe, steps: int) -> None:
+    Attributes:
+        curve: one value per evaluation of "step", "epoch", "seconds" (of training, evaluations
+            left out), "train_loss" and each metric of the task.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, recipe: Recipe) -> None:
         self.model = model
         self.clock = Clock(recipe.device)
-        self.curve = Curve()
+        self.curve: defaultdict[str, list[float]] = defaultdict(list)
+        self._task = task
         self._recipe = recipe
         self._optimizer = torch.optim.AdamW(
             model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
         )
         # OneCycleLR ends near zero, which steadies the last evaluation; it needs two steps.
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimizer, recipe.learning_rate, total_steps=max(steps, 2), pct_start=0.2
+            self._optimizer, recipe.learning_rate, total_steps=max(recipe.steps, 2), pct_start=0.2
         )
         self._losses: list[Tensor] = []
 
-    def train_chunk(self, table: Table, batches: Sequence[Tensor], keep_times: bool) -> None:
+    def train_chunk(self, batches: Sequence[Tensor], keep_times: bool) -> None:
         """Takes one optimiser step for each batch of row numbers."""
         self.model.train()
         clock = self.clock
         clock.start_chunk()
         for rows in batches:
             clock.mark()
-            categorical, numeric = table.categorical[rows], table.numeric[rows]
-            late = table.late[rows]
+            inputs, target = self._task.batch(rows)
             clock.mark()
             with self._recipe.autocast():
-                logits = self.model(categorical, numeric)
+                output = self.model(*inputs)
             clock.mark()
-            loss = F.binary_cross_entropy_with_logits(logits.float(), late)
+            loss = self._task.loss(output.float(), target)
             clock.mark()
             loss.backward()
             clock.mark()
@@ -140,27 +150,22 @@ class Run:
         clock.close_chunk(keep_times)
 
     @torch.no_grad()
-    def evaluate(self, table: Table, epoch: float) -> None:
-        """Appends to the curve: mean training loss since the last call, validation loss and AUC."""
+    def evaluate(self, step: int) -> None:
+        """Appends to the curve: mean training loss since the last call, and the metrics."""
         self.model.eval()
-        parts = []
-        for first in range(0, len(table), EVALUATION_BATCH):
-            rows = slice(first, first + EVALUATION_BATCH)
-            with self._recipe.autocast():
-                parts.append(self.model(table.categorical[rows], table.numeric[rows]).float())
-        logits = torch.cat(parts)
-        loss = F.binary_cross_entropy_with_logits(logits, table.late)
-        self.curve.epoch.append(epoch)
-        self.curve.train_loss.append(torch.stack(self._losses).mean().item())
-        self.curve.valid_loss.append(loss.item())
-        self.curve.valid_auc.append(area_under_curve(logits, table.late))
+        with self._recipe.autocast():
+            metrics = self._task.evaluate(self.model)
+        loss = torch.stack(self._losses).mean().item()
         self._losses.clear()
+        epoch = step / steps_per_epoch(self._task.rows, self._recipe.batch)
+        own = {"step": step, "epoch": epoch, "seconds": self.clock.seconds, "train_loss": loss}
+        for name, value in (own | metrics).items():
+            self.curve[name].append(value)
 
 
 def train_in_turns(
     builds: Mapping[str, nn.Module],
-    train: Table,
-    valid: Table,
+    task: Task,
     recipe: Recipe,
     seed: int,
     on_chunk: Callable[[str, Run, float], None],
@@ -175,56 +180,36 @@ def train_in_turns(
     Returns:
         name → finished run.
     """
-    steps_per_epoch = max(1, len(train) // recipe.batch)
-    total = steps_per_epoch * recipe.epochs
-    evaluations = min(total, recipe.epochs * recipe.evaluations_per_epoch)
+    total = recipe.steps
+    evaluations = max(1, min(total, recipe.evaluations))
     stops = [round(total * (k + 1) / evaluations) for k in range(evaluations)]
-    runs = {name: Run(copy.deepcopy(model), recipe, total) for name, model in builds.items()}
+    runs = {name: Run(copy.deepcopy(model), task, recipe) for name, model in builds.items()}
     torch.manual_seed(seed)
-    batches = _batches(len(train), recipe, torch.Generator().manual_seed(seed))
+    batches = _batches(task.rows, recipe, torch.Generator().manual_seed(seed))
 
     done, order = 0, list(runs)
     for stop in stops:
         while done < stop:
-            chunk = [next(batches) for _ in range(min(CHUNK_STEPS, stop - done))]
+            chunk = [next(batches) for _ in range(min(recipe.chunk, stop - done))]
             # The first chunk warms up (caches; kernels that compile on a GPU), unless it is alone.
             keep_times = done > 0 or len(chunk) == total
             done += len(chunk)
             for name in order:
-                runs[name].train_chunk(train, chunk, keep_times)
-                if done == stop:
-                    runs[name].evaluate(valid, done / steps_per_epoch)
+                runs[name].train_chunk(chunk, keep_times)
+                if done == stop and recipe.evaluations:
+                    runs[name].evaluate(done)
                 on_chunk(name, runs[name], done / total)
             order.reverse()
     return runs
 
 
+def steps_per_epoch(rows: int, batch: int) -> int:
+    """Steps that see each sample once; the remainder of an epoch is left out."""
+    return max(1, rows // batch)
+
+
 def _batches(rows: int, recipe: Recipe, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row numbers without end, shuffled anew each epoch; the remainder of an epoch is left out."""
+    """Row numbers without end, shuffled anew each epoch."""
     while True:
         shuffled = torch.randperm(rows, generator=generator).to(recipe.device)
-        yield from shuffled.split(recipe.batch)[: max(1, rows // recipe.batch)]
-
-
-def area_under_curve(scores: Tensor, labels: Tensor) -> float:
-    """The probability that a positive scores above a negative, ties counted as one half.
-
-    The rank statistic of Mann and Whitney: AUC = (R − P(P + 1)/2) / (P · N), with P positives,
-    N negatives and R the sum of the positives' ranks.
-
-    Args:
-        scores: (n,).
-        labels: (n,), 1 for positives and 0 for negatives.
-
-    Returns:
-        The AUC; nan when a class is absent.
-    """
-    _, place, count = scores.double().unique(return_inverse=True, return_counts=True)
-    mean_rank = count.cumsum(0) - (count - 1) / 2  # of each distinct score
-    positive = labels > 0.5
-    positives = int(positive.sum())
-    negatives = len(labels) - positives
-    if positives == 0 or negatives == 0:
-        return float("nan")
-    rank_sum = mean_rank.double()[place[positive]].sum().item()
-    return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
+        yield from shuffled.split(recipe.batch)[: steps_per_epoch(rows, recipe.batch)]
