@@ -50,8 +50,9 @@ def test_operators_take_the_launchers_of_the_backend(reasons: dict[str, str]) ->
     assert backend.cuda_launchers(FLOAT, 0) is launchers.TRITON
     own = backend.cuda_launchers(DOUBLE, 0)
     assert set(launchers.TRITON) <= set(ops.OPERATORS)
-    # In their place plain torch serves (test_gate.py).
-    assert set(launchers.TRITON) - set(own) == {"gate_forward", "gate_backward"}
+    # In their place plain torch, or two row operators, serve (test_gate.py, test_add_norm.py).
+    missing = {f"{name}_{way}" for name in ("gate", "add_norm") for way in ("forward", "backward")}
+    assert set(launchers.TRITON) - set(own) == missing
     assert own["row_forward"] is cuda_row.row_forward
     with fused.use_backend("cuda"):
         assert backend.cuda_launchers(FLOAT, 0) is own
