@@ -114,8 +114,17 @@ def rms_norm(root: fx.Node) -> Stage | None:
         if not any(b is root and _cast_of(a) is x for a, b in operands(product, *MUL)):
             continue
         inner = [given["input"], mean, root.args[0], root]
-        return _with_weight(x, product, inner, eps)
+        return _with_weight(x, product, [*_own_casts(source, [*inner, product]), *inner], eps)
     return None
+
+
+def _own_casts(node: fx.Node, readers: list[fx.Node]) -> list[fx.Node]:
+    """The casts that end in a value, as far as only these nodes read them."""
+    casts: list[fx.Node] = []
+    while is_cast(node) and all(user in [*casts, *readers] for user in node.users):
+        casts.insert(0, node)
+        node = node.all_input_nodes[0]
+    return casts
 
 
 def _with_weight(x: fx.Node, product: fx.Node, inner: list[fx.Node], eps: float) -> Stage | None:
