@@ -1,7 +1,8 @@
 """Which chains are worth rewriting: where our kernels are faster than what runs the rest.
 
-Measured with `python -m bench models --models parts` (AMD EPYC, one thread, torch 2.13, November
-2026). On GPUs nothing is measured yet; what is taken there follows from the bytes that are moved.
+`python -m bench models` measures whole models and, with `--models parts`, what is decided here; the
+figures below are of single runs on a busy machine (AMD EPYC with AVX2, one thread, torch 2.13,
+November 2026). On GPUs nothing is measured yet; what is taken there follows from the bytes moved.
 """
 
 from __future__ import annotations
