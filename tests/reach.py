@@ -65,3 +65,20 @@ def equal_to_eager(
         if a.grad is not None:
             torch.testing.assert_close(b.grad, a.grad, rtol=10 * tolerance, atol=10 * tolerance)
     return compiled
+
+
+N = 16  # features
+
+
+def rows(*shape: int, grad: bool = True, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A random input, (6, N) where no shape is given."""
+    return torch.randn(*(shape or (6, N)), dtype=dtype).requires_grad_(grad)
+
+
+def llama(x: Tensor, weight: Tensor) -> Tensor:
+    """Llama's RMSNorm."""
+    dtype = x.dtype
+    h = x.to(torch.float32)
+    variance = h.pow(2).mean(-1, keepdim=True)
+    h = h * torch.rsqrt(variance + 1e-6)
+    return weight * h.to(dtype)

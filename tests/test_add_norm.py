@@ -17,7 +17,7 @@ import fused
 from fused.functional import add_norm, dropout_mask
 
 NORMS = ("layer", "rms")
-SHAPES = [(5, 1), (9, 63), (70, 64), (7, 200), (3, 1025), (200, 130), (2, 17000)]
+SHAPES = [(5, 1), (1, 100), (9, 63), (70, 64), (7, 200), (3, 1025), (200, 130), (2, 17000)]
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,32 @@ def test_strided_rows_among_nan(dtype: torch.dtype) -> None:
     wanted = by_operators(plain, "layer", 0.2)
     for name, t in by_operators([*map(surrounded, plain)], "layer", 0.2).items():
         assert torch.equal(t, wanted[name]), name
+
+
+def test_rows_beyond_32_bits() -> None:
+    """Three rows, 2^31 elements apart, in memory that is not touched between them."""
+    stride = (1 << 31) + 3
+
+    def far(t: Tensor) -> Tensor:
+        if t.dim() == 1:
+            return t
+        memory = torch.empty(2 * stride + t.shape[1], dtype=t.dtype)
+        return memory.as_strided(t.shape, (stride, 1)).copy_(t)
+
+    plain = make(3, 40, torch.float16)
+    wanted = by_operators(plain, "layer", 0.2)
+    for name, t in by_operators([*map(far, plain)], "layer", 0.2).items():
+        assert torch.equal(t, wanted[name]), name
+
+
+def test_gradients_of_any_strides() -> None:
+    def gradients(dy: Tensor, dh: Tensor) -> tuple[Tensor, ...]:
+        x, residual = (t.double().requires_grad_() for t in make(6, 8, torch.float64)[:2])
+        return torch.autograd.grad(add_norm(x, residual, p=0.3, seed=1), [x, residual], [dy, dh])
+
+    dy, dh = torch.randn(8, 6, dtype=torch.float64).t(), torch.ones(1, 1).double().expand(6, 8)
+    for a, b in zip(gradients(dy, dh), gradients(dy.contiguous(), dh.clone()), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_bits_do_not_depend_on_threads() -> None:

@@ -152,7 +152,7 @@ def _order_reason(chain: Found, memory: Memory) -> str:
 def _next(chain: Found, owner: dict[fx.Node, Stage], taken: set[Stage]) -> Stage | None:
     """The stage that alone reads the chain's last value and may follow it."""
     last = chain.last
-    readers = {owner.get(user) for user in last.users}
+    readers = [*dict.fromkeys(owner.get(user) for user in last.users)]
     if chain.kinds[-1] == RESIDUAL:
         # The sum may have other readers: it is a result, too.
         norms = (s for s in readers if s is not None and s.kind == NORM and s.source is last)
@@ -160,7 +160,7 @@ def _next(chain: Found, owner: dict[fx.Node, Stage], taken: set[Stage]) -> Stage
             (s for s in norms if s.name in ROW_NORMS and len(s.numbers["shape"]) == 1), None
         )
     else:
-        stage = readers.pop() if len(readers) == 1 else None
+        stage = readers[0] if len(readers) == 1 else None
     if stage is None or stage in taken or not extends(chain.kinds, stage.kind):
         return None
     if stage.kind == RESIDUAL:

@@ -24,7 +24,7 @@ LOG = logging.getLogger("fused.graph")
 
 
 def rewrite(graph: fx.Graph, rest: str) -> list[Found]:
-    """Replaces the chains of a graph by calls of `fused_chain`, in place.
+    """Replaces the chains of a graph by calls of the functions of call.py, in place.
 
     Args:
         graph: as Dynamo captures it.
@@ -35,7 +35,7 @@ def rewrite(graph: fx.Graph, rest: str) -> list[Found]:
     """
     remove_identities(graph)
     done: list[Found] = []
-    # The last node of each replaced chain → what stands for it now.
+    # The results of each replaced chain → what stands for them now.
     replaced: dict[fx.Node, fx.Node] = {}
     for chain in find(graph)[0]:
         reason = chain.reason or policy.reason(chain, rest) or difference(chain)

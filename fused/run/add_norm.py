@@ -126,10 +126,13 @@ def add_norm(
     """
     device = x.device.type
     cast = None if weight is None else autocast_dtype(device)
+    if cast is not None and weight is not None:
+        x, weight = cast_by_autocast(x, cast), cast_by_autocast(weight, cast)
+        bias = None if bias is None else cast_by_autocast(bias, cast)
     if (
-        residual.dtype != (cast or x.dtype)
+        residual.dtype != x.dtype
         or composite(x)
-        or float32_under_autocast(device, residual.dtype, spec.norm)
+        or float32_under_autocast(device, x.dtype, spec.norm)
         or (device == "cuda" and choose(device, x.dtype, x.get_device()) != "triton")
     ):
         # Two operations, whose own results say what dtypes they have. CUDA C++ has no other.
@@ -138,9 +141,6 @@ def add_norm(
         return run(norm, h, norm_weight=norm_weight, norm_bias=norm_bias), h
     gradient = needs_gradient(x, weight, bias, residual, norm_weight, norm_bias)
     if weight is not None:
-        if cast is not None:
-            x, weight = cast_by_autocast(x, cast), cast_by_autocast(weight, cast)
-            bias = None if bias is None else cast_by_autocast(bias, cast)
         # The gradient of the bias comes with those of the norm: no other pass over dz.
         own = bias is not None and gradient and bias.requires_grad
         x = F.linear(x, weight, bias.detach() if own and bias is not None else bias)
