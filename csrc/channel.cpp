@@ -88,15 +88,20 @@ std::tuple<Tensor, Tensor, Tensor> statistics_operator(Tensor z, OptionalTensor 
 
 // ---- forward ----
 
+void set_added(ChannelProblem& p, const OptionalTensor& residual, const OptionalTensor& shortcut) {
+  if (residual) p.residual = p.data_like_z(*residual, "residual");
+  if (shortcut) p.shortcut = p.data_like_z(*shortcut, "shortcut");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_operator(
     Tensor z, OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor residual,
     OptionalTensor mask, OptionalTensor seed, int64_t norm, int64_t groups, bool channels_last,
     double eps, int64_t activation, double alpha, double beta, int64_t threshold,
-    bool channel_dropout) {
+    bool channel_dropout, OptionalTensor shortcut) {
   ChannelProblem p(
       z, norm_weight, norm_bias, mask, seed,
       {norm, groups, channels_last, eps, activation, alpha, beta, threshold, channel_dropout});
-  if (residual) p.residual = p.data_like_z(*residual, "residual");
+  set_added(p, residual, shortcut);
   Tensor y = new_tensor({z.size(0), z.size(1), z.size(2)}, dtype_of(z));
   p.set_out(y);
   const StatisticsTensors found = new_statistics(p);
@@ -108,8 +113,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_operator(
 }
 
 void apply(ChannelProblem& p, const OptionalTensor& mean, const OptionalTensor& variance,
-           const OptionalTensor& residual) {
-  if (residual) p.residual = p.data_like_z(*residual, "residual");
+           const OptionalTensor& residual, const OptionalTensor& shortcut) {
+  set_added(p, residual, shortcut);
   in_compute_type(
       p, [&](auto zero) { channel_apply(p, given_statistics<decltype(zero)>(p, mean, variance)); });
 }
@@ -118,13 +123,13 @@ Tensor apply_operator(Tensor z, OptionalTensor mean, OptionalTensor variance,
                       OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor residual,
                       OptionalTensor mask, OptionalTensor seed, int64_t norm, int64_t groups,
                       bool channels_last, double eps, int64_t activation, double alpha, double beta,
-                      int64_t threshold, bool channel_dropout) {
+                      int64_t threshold, bool channel_dropout, OptionalTensor shortcut) {
   ChannelProblem p(
       z, norm_weight, norm_bias, mask, seed,
       {norm, groups, channels_last, eps, activation, alpha, beta, threshold, channel_dropout});
   Tensor y = new_tensor({z.size(0), z.size(1), z.size(2)}, dtype_of(z));
   p.set_out(y);
-  apply(p, mean, variance, residual);
+  apply(p, mean, variance, residual, shortcut);
   return y;
 }
 
@@ -134,12 +139,12 @@ void apply_inplace_operator(Tensor z, OptionalTensor mean, OptionalTensor varian
                             OptionalTensor residual, OptionalTensor mask, OptionalTensor seed,
                             int64_t norm, int64_t groups, bool channels_last, double eps,
                             int64_t activation, double alpha, double beta, int64_t threshold,
-                            bool channel_dropout) {
+                            bool channel_dropout, OptionalTensor shortcut) {
   ChannelProblem p(
       z, norm_weight, norm_bias, mask, seed,
       {norm, groups, channels_last, eps, activation, alpha, beta, threshold, channel_dropout});
   p.out = z.data_ptr();
-  apply(p, mean, variance, residual);
+  apply(p, mean, variance, residual, shortcut);
 }
 
 // ---- backward ----
@@ -160,11 +165,22 @@ Tensor to_gradient(const ChannelProblem& p, const double* sums, const Tensor* li
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_operator(
+// Where the gradient of the shortcut goes. Without a norm it is dz, and the tensor is empty.
+Tensor new_shortcut_gradient(ChannelProblem& p, const OptionalTensor& shortcut, const Tensor& z) {
+  const bool wanted = shortcut && p.norm != Norm::none;
+  if (shortcut) p.shortcut = p.data_like_z(*shortcut, "shortcut");
+  if (!wanted) return new_tensor({0}, dtype_of(z));
+  Tensor gradient = new_tensor({z.size(0), z.size(1), z.size(2)}, dtype_of(z));
+  p.dshortcut = gradient.data_ptr();
+  return gradient;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_operator(
     Tensor dy, Tensor z, OptionalTensor mean, OptionalTensor variance, OptionalTensor count,
     OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor mask, OptionalTensor seed,
     int64_t wanted, bool constant, int64_t norm, int64_t groups, bool channels_last, double eps,
-    int64_t activation, double alpha, double beta, int64_t threshold, bool channel_dropout) {
+    int64_t activation, double alpha, double beta, int64_t threshold, bool channel_dropout,
+    OptionalTensor shortcut) {
   ChannelProblem p(
       z, norm_weight, norm_bias, mask, seed,
       {norm, groups, channels_last, eps, activation, alpha, beta, threshold, channel_dropout});
@@ -178,6 +194,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_operator(
               "with a mask, backward needs count, as forward returned it");
   Tensor dz = new_tensor({z.size(0), z.size(1), z.size(2)}, dtype_of(z));
   p.set_out(dz);
+  Tensor dshortcut = new_shortcut_gradient(p, shortcut, z);
 
   double* const totals = double_buffer(kTotalsSlot, 3 * p.channels);
   ChannelTotals sums{};
@@ -198,19 +215,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_operator(
     channel_backward(p, statistics, static_cast<const C*>(present), constant, sums);
   });
   return {dz, to_gradient(p, sums.gx, norm_weight ? &*norm_weight : nullptr),
-          to_gradient(p, sums.g, norm_bias ? &*norm_bias : nullptr), to_gradient(p, dbias, &z)};
+          to_gradient(p, sums.g, norm_bias ? &*norm_bias : nullptr), to_gradient(p, dbias, &z),
+          dshortcut};
 }
 
-Tensor sums_operator(Tensor dy, Tensor z, Tensor mean, Tensor variance, OptionalTensor norm_weight,
-                     OptionalTensor norm_bias, OptionalTensor mask, OptionalTensor seed,
-                     int64_t norm, int64_t groups, bool channels_last, double eps,
-                     int64_t activation, double alpha, double beta, int64_t threshold,
-                     bool channel_dropout) {
+std::tuple<Tensor, Tensor> sums_operator(Tensor dy, Tensor z, Tensor mean, Tensor variance,
+                                         OptionalTensor norm_weight, OptionalTensor norm_bias,
+                                         OptionalTensor mask, OptionalTensor seed, int64_t norm,
+                                         int64_t groups, bool channels_last, double eps,
+                                         int64_t activation, double alpha, double beta,
+                                         int64_t threshold, bool channel_dropout,
+                                         OptionalTensor shortcut) {
   ChannelProblem p(
       z, norm_weight, norm_bias, mask, seed,
       {norm, groups, channels_last, eps, activation, alpha, beta, threshold, channel_dropout});
   FUSED_CHECK(p.is_batch(), "channel_sums is for batch norm");
   p.dy = p.data_like_z(dy, "dy");
+  Tensor dshortcut = new_shortcut_gradient(p, shortcut, z);
   const int64_t channels = p.channels;
   Tensor out = new_tensor({2, channels}, compute_dtype(p.compute));
   double* const sums = double_buffer(kSumsSlot, 2 * channels);
@@ -220,7 +241,7 @@ Tensor sums_operator(Tensor dy, Tensor z, Tensor mean, Tensor variance, Optional
     std::transform(sums, sums + 2 * channels, data_of<C>(out),
                    [](double x) { return static_cast<C>(x); });
   });
-  return out;
+  return {out, dshortcut};
 }
 
 Tensor gradient_operator(Tensor dy, Tensor z, Tensor mean, Tensor variance, Tensor sums,

@@ -31,6 +31,17 @@ class KeptGradient {
   void* data_ = nullptr;
 };
 
+// The problem whose gradient of y is that of the shortcut, made already: g itself.
+ChannelProblem behind_shortcut(const ChannelProblem& p) {
+  ChannelProblem norm = p;
+  norm.dy = p.dshortcut;
+  norm.shortcut = norm.dshortcut = nullptr;
+  norm.stages = stages_of(p.compute, 0, 0.0, 0.0);
+  norm.stages.streaming = p.stages.streaming;
+  norm.channel_threshold = 0;
+  return norm;
+}
+
 template <class C>
 struct Backward {
   const ChannelProblem& p;
@@ -206,8 +217,9 @@ void channel_backward(const ChannelProblem& p, const ChannelStatistics<C>& stati
     if (total) std::fill_n(total, channels, 0.0);
   }
   if (!p.elements()) return;
+  const int64_t bytes = (p.shortcut ? 4 : 2) * p.element_size();
   const bool small = !constant && statistics.rows == p.blocks() &&
-                     is_small(p, 2 * p.element_size() + (backward.keeps() ? sizeof(C) : 0));
+                     is_small(p, bytes + (backward.keeps() ? sizeof(C) : 0));
   if (small && p.by == By::column) {
     const int64_t pieces = backward.sample_pieces();
     const SharedDoubles buffer(kPartialSlot, 2 * channels * pieces);
@@ -227,8 +239,8 @@ void channel_backward(const ChannelProblem& p, const ChannelStatistics<C>& stati
   } else if (constant) {
     channel_sums(p, statistics, sums);
   } else {
-    ChannelProblem first = p, second = p;
-    const KeptGradient<C> kept(p, backward.keeps());
+    ChannelProblem first = p, second = p.dshortcut ? behind_shortcut(p) : p;
+    const KeptGradient<C> kept(p, backward.keeps() && !p.dshortcut);
     first.gradient = second.gradient = kept.data();
     first.out = nullptr;
     channel_sums(first, statistics, sums);

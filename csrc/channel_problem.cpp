@@ -120,6 +120,8 @@ ChannelRows ChannelProblem::view(int64_t row, int64_t count) const {
   work.z = z;
   work.dy = dy;
   work.residual = residual;
+  work.shortcut = shortcut;
+  work.dshortcut = dshortcut;
   work.out = out;
   work.gradient = gradient;
   work.mask = mask ? mask + row : nullptr;
@@ -151,6 +153,8 @@ void ChannelProblem::advance(ChannelRows& work, int64_t elements, uint64_t count
   work.z = moved(work.z, bytes);
   work.dy = moved(work.dy, bytes);
   work.residual = moved(work.residual, bytes);
+  work.shortcut = moved(work.shortcut, bytes);
+  work.dshortcut = moved(work.dshortcut, bytes);
   work.out = moved(work.out, bytes);
   work.gradient = moved(work.gradient, elements * size_of(compute));
   work.counter += counters;

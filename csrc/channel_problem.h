@@ -103,6 +103,8 @@ struct ChannelProblem {
   const void* z;
   const void* dy = nullptr;
   const void* residual = nullptr;
+  const void* shortcut = nullptr;
+  void* dshortcut = nullptr;
   void* out = nullptr;
   void* gradient = nullptr;    // g of all elements, kept from the sums to dz; null: made again
   const bool* mask = nullptr;  // of an empty tensor null, too

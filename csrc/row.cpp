@@ -17,6 +17,16 @@ int64_t output_cols(const Tensor& z, int64_t activation) {
   return is_gated(activation) ? z.size(1) / 2 : z.size(1);
 }
 
+void set_shortcut(RowProblem& problem, const OptionalTensor& shortcut, const Tensor& z) {
+  if (!shortcut) return;
+  FUSED_CHECK(
+      problem.stages.through != Through::gate,
+      "a gated activation takes no shortcut; add it as the norm's residual, and gate after");
+  FUSED_CHECK(shortcut->is_contiguous(), "shortcut must be contiguous");
+  checked_row_stride(*shortcut, z, problem.cols, "shortcut");
+  problem.shortcut = shortcut->data_ptr();
+}
+
 // ---- forward ----
 
 void run_forward(const RowForward& problem, int64_t rows, Storage storage) {
@@ -33,10 +43,11 @@ std::tuple<Tensor, Tensor> row_forward(Tensor z, OptionalTensor bias, OptionalTe
                                        OptionalTensor norm_bias, OptionalTensor residual,
                                        OptionalTensor seed, int64_t norm, double eps,
                                        int64_t activation, double alpha, double beta,
-                                       int64_t threshold) {
+                                       int64_t threshold, OptionalTensor shortcut) {
   RowForward problem;
   fill_problem(problem, z, bias, norm_weight, norm_bias, seed,
                {norm, eps, activation, alpha, beta, threshold});
+  set_shortcut(problem, shortcut, z);
   const Storage storage = storage_of(z);
   const int64_t rows = z.size(0), cols = z.size(1);
   const int32_t dtype = dtype_of(z);
@@ -64,11 +75,12 @@ std::tuple<Tensor, Tensor> row_forward(Tensor z, OptionalTensor bias, OptionalTe
 void row_forward_inplace(Tensor z, OptionalTensor bias, OptionalTensor norm_weight,
                          OptionalTensor norm_bias, OptionalTensor residual, OptionalTensor seed,
                          int64_t norm, double eps, int64_t activation, double alpha, double beta,
-                         int64_t threshold) {
+                         int64_t threshold, OptionalTensor shortcut) {
   check_activation(activation);
   RowForward problem;
   fill_problem(problem, z, bias, norm_weight, norm_bias, seed,
                {norm, eps, activation, alpha, beta, threshold});
+  set_shortcut(problem, shortcut, z);
   const Storage storage = storage_of(z);
   const int64_t rows = z.size(0);
   if (!rows || !z.size(1)) return;
@@ -84,13 +96,14 @@ void row_forward_inplace(Tensor z, OptionalTensor bias, OptionalTensor norm_weig
 
 // ---- backward ----
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_backward(
     Tensor dy, Tensor z, OptionalTensor bias, OptionalTensor norm_weight, OptionalTensor norm_bias,
     Tensor statistics, OptionalTensor seed, int64_t wanted, int64_t norm, double eps,
-    int64_t activation, double alpha, double beta, int64_t threshold) {
+    int64_t activation, double alpha, double beta, int64_t threshold, OptionalTensor shortcut) {
   RowBackward problem;
   fill_problem(problem, z, bias, norm_weight, norm_bias, seed,
                {norm, eps, activation, alpha, beta, threshold});
+  set_shortcut(problem, shortcut, z);
   const Storage storage = storage_of(z);
   const Storage compute = compute_of(storage);
   const int64_t rows = z.size(0), cols = z.size(1);
@@ -98,11 +111,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
   const int64_t dy_cols = output_cols(z, activation);
   place_gradient(problem, dy, z, dy_cols, statistics);
   Tensor dz = new_tensor({rows, cols}, dtype);
-  const bool normed = problem.norm != Norm::none;
+  const bool normed = problem.norm != Norm::none, apart = shortcut && normed;
+  Tensor dshortcut =
+      apart ? new_tensor({rows, cols}, dtype) : new_tensor({0}, dtype);  // without a norm, dz
   const RowSums sums(rows, cols, compute, norm_weight && normed && wanted & kWantNormWeight,
                      norm_bias && normed && wanted & kWantNormBias, wanted & kWantBias);
   if (rows && cols) {
     write_gradient(problem, dz);
+    if (apart) problem.dshortcut = dshortcut.data_ptr();
     // Without a norm the halves of dz are stored as they come, else whole rows by a second pass.
     problem.stages.streaming = worth_streaming(dz, normed ? cols : dy_cols);
     const int through = static_cast<int>(problem.stages.through);
@@ -112,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_backward(
     });
   }
   return {dz, sums.finish(sums.norm_weight, norm_weight), sums.finish(sums.norm_bias, norm_bias),
-          sums.finish(sums.bias, z)};
+          sums.finish(sums.bias, z), dshortcut};
 }
 
 }  // namespace

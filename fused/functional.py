@@ -57,12 +57,13 @@ def linear_norm_act(  # noqa: PLR0913  torch's names, each an argument
     use_input_stats: bool | None = None,
     seed: int | Tensor | None = None,
     residual: Tensor | None = None,
+    shortcut: Tensor | None = None,
     mask: Tensor | None = None,
     **activation_parameters: float,
 ) -> Tensor:
     """Linear, norm, activation and dropout as one operation.
 
-        y = residual + dropout(activation(norm(x · weightᵀ + bias)))
+        y = residual + dropout(activation(norm(x · weightᵀ + bias) + shortcut))
 
     Args:
         x: (..., K), floating point; or a jagged nested tensor (B, ragged, K), not for group and
@@ -91,6 +92,8 @@ def linear_norm_act(  # noqa: PLR0913  torch's names, each an argument
         seed: the dropout seed, an int or an int64 tensor of one element; drawn from torch's
             generator where None.
         residual: of the result's shape or None, added last.
+        shortcut: (..., N) or None, added to the norm's result in front of the activation; a second
+            operation where a gate follows, or where its dtype is not that of x.
         mask: (...), bool, or None: positions where it is false (padding) take no part in
             statistics and come out as zero.
         **activation_parameters: negative_slope, alpha, beta, threshold, as torch names them.
@@ -143,6 +146,7 @@ def linear_norm_act(  # noqa: PLR0913  torch's names, each an argument
     result = checked_output_shape(operation, out, -1, spec)
     if residual is not None:
         check_parameter(operation, "residual", residual, result, x)
+    check_parameter(operation, "shortcut", shortcut, out, x)
     if mask is not None:
         check_mask(operation, mask, x, -1)
     seed_tensor = checked_seed(operation, seed, x.device)
@@ -151,7 +155,7 @@ def linear_norm_act(  # noqa: PLR0913  torch's names, each an argument
     given = (norm_weight, norm_bias), num_groups, running, parts, training, use_input_stats
     state = checked_channel_norm(operation, norm, out, -1, x, *given)
     affine, rest = (norm_weight, norm_bias), (residual, mask, seed_tensor)
-    return run(spec, x, weight, bias, *affine, *rest, norm=state)
+    return run(spec, x, weight, bias, *affine, *rest, norm=state, shortcut=shortcut)
 
 
 @on_jagged_values("z")
@@ -177,12 +181,13 @@ def norm_act(  # noqa: PLR0913
     use_input_stats: bool | None = None,
     seed: int | Tensor | None = None,
     residual: Tensor | None = None,
+    shortcut: Tensor | None = None,
     mask: Tensor | None = None,
     **activation_parameters: float,
 ) -> Tensor:
     """Norm, activation and dropout as one operation.
 
-        y = residual + dropout(activation(norm(z)))
+        y = residual + dropout(activation(norm(z) + shortcut))
 
     Args:
         z: (..., *normalized_shape) for layer and rms norm, else (N, C, ...) or, with channel_dim
@@ -200,6 +205,7 @@ def norm_act(  # noqa: PLR0913
             memory order. A gated activation halves the channels of batch, group and instance norm,
             else the last dimension.
         residual: of the result's shape, or None, added last.
+        shortcut: of z's shape, or None, as in `linear_norm_act`: that of a ResNet's block.
         mask: z's shape without the last dimension, as in `linear_norm_act`; for batch, group and
             instance norm with channel_dim -1 alone.
 
@@ -230,6 +236,7 @@ def norm_act(  # noqa: PLR0913
     result = checked_output_shape(operation, tuple(z.shape), features, spec)
     if residual is not None:
         check_parameter(operation, "residual", residual, result, z)
+    check_parameter(operation, "shortcut", shortcut, tuple(z.shape), z)
     if mask is not None:
         check_mask(operation, mask, z, features)
     seed_tensor = checked_seed(operation, seed, z.device)
@@ -238,8 +245,8 @@ def norm_act(  # noqa: PLR0913
     given = (norm_weight, norm_bias), num_groups, running, parts, training, use_input_stats
     state = checked_channel_norm(operation, norm, tuple(z.shape), channel_dim, z, *given)
     affine, rest = (norm_weight, norm_bias), (residual, mask, seed_tensor)
-    where = (None, None, *affine, *rest)
-    return run(spec, z, *where, norm=state, channel_dim=channel_dim, normalized_dims=len(shape))
+    where: dict[str, Any] = {"channel_dim": channel_dim, "normalized_dims": len(shape)}
+    return run(spec, z, None, None, *affine, *rest, norm=state, shortcut=shortcut, **where)
 
 
 def dropout_mask(rows: int, cols: int, p: float, seed: int | Tensor) -> Tensor:

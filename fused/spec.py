@@ -3,7 +3,7 @@
 Vocabulary, here and in every layer: z (rows, cols) is what the chain reads (x·weightᵀ, before the
 linear bias), y is what it writes, and
 
-    y = residual + dropout(activation(norm(z + bias)))
+    y = residual + dropout(activation(norm(z + bias) + shortcut))
 
 Norms whose statistics run along a row see z as (rows, cols); those whose statistics run over
 samples or positions see it as three dimensions in memory order, (samples, channels, positions) or,
@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache, partial
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -214,6 +214,12 @@ class Spec(NamedTuple):
     def without_norm(self) -> Spec:
         """What follows the norm."""
         return self._replace(norm=None, eps=0.0)
+
+    @property
+    def norm_alone(self) -> Spec:
+        """What is in front of a shortcut."""
+        plain: Any = {"activation": None, "alpha": 0.0, "beta": 0.0}
+        return self._replace(threshold=0, channel_dropout=False, **plain)
 
     @property
     def row(self) -> tuple[int, float, int, float, float, int]:

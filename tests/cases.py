@@ -36,6 +36,7 @@ class Inputs:
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
     residual: Tensor | None = None
+    shortcut: Tensor | None = None
     seed: Tensor = field(default_factory=lambda: torch.tensor([0x0123456789ABCDEF]))
 
     @property
@@ -52,6 +53,7 @@ def make_inputs(
     bias: bool = True,
     residual: bool = True,
     generator: int = 0,
+    shortcut: bool = False,
 ) -> Inputs:
     """Random inputs with every parameter that the case can have."""
     g = torch.Generator().manual_seed(generator)
@@ -67,6 +69,7 @@ def make_inputs(
         norm_weight=normal(cols, scale=0.3, mean=1.0) if affine else None,
         norm_bias=normal(cols) if affine else None,
         residual=normal(rows, cols) if residual else None,
+        shortcut=normal(rows, cols) if shortcut else None,
     )
 
 
@@ -74,15 +77,20 @@ def run_operator(inputs: Inputs, epilogue: Spec) -> dict[str, Tensor]:
     """Forward and backward by the raw operators of the inputs' device."""
     seed = inputs.seed if epilogue.threshold else None
     y, statistics = ops.row_forward(
-        inputs.z, *inputs.parameters, inputs.residual, seed, *epilogue.row
+        inputs.z, *inputs.parameters, inputs.residual, seed, *epilogue.row, inputs.shortcut
     )
     wanted = (
         spec.WANT_NORM_WEIGHT | spec.WANT_NORM_BIAS | (0 if inputs.bias is None else spec.WANT_BIAS)
     )
-    dz, dnorm_weight, dnorm_bias, dbias = ops.row_backward(
-        inputs.dy, inputs.z, *inputs.parameters, statistics, seed, wanted, *epilogue.row
+    rest = (statistics, seed, wanted, *epilogue.row, inputs.shortcut)
+    dz, dnorm_weight, dnorm_bias, dbias, dshortcut = ops.row_backward(
+        inputs.dy, inputs.z, *inputs.parameters, *rest
     )
     found = {"y": y, "dz": dz}
+    if inputs.shortcut is None or epilogue.norm is None:
+        assert dshortcut.shape == (0,) and dshortcut.dtype == dz.dtype
+    else:
+        found["dshortcut"] = dshortcut
     for name, parameter, gradient in (
         ("dbias", inputs.bias, dbias),
         ("dnorm_weight", inputs.norm_weight, dnorm_weight),
@@ -100,9 +108,15 @@ def run_reference(inputs: Inputs, epilogue: Spec, dtype: torch.dtype) -> dict[st
         None if t is None else t.detach().to(dtype).requires_grad_() for t in inputs.parameters
     ]
     residual = None if inputs.residual is None else inputs.residual.to(dtype)
-    y = reference.row(z, epilogue, *parameters, residual=residual, seed=inputs.seed)
+    shortcut = None
+    if inputs.shortcut is not None:
+        shortcut = inputs.shortcut.detach().to(dtype).requires_grad_()
+    added = {"residual": residual, "shortcut": shortcut}
+    y = reference.row(z, epilogue, *parameters, seed=inputs.seed, **added)
     y.backward(inputs.dy.to(dtype))
     found = {"y": y.detach(), "dz": z.grad}
+    if shortcut is not None:
+        found["dshortcut"] = shortcut.grad
     for name, t in zip(("dbias", "dnorm_weight", "dnorm_bias"), parameters, strict=True):
         if t is not None:
             found[name] = t.grad

@@ -54,6 +54,7 @@ class Inputs:
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
     residual: Tensor | None = None
+    shortcut: Tensor | None = None
     mask: Tensor | None = None
     mean: Tensor | None = None
     variance: Tensor | None = None
@@ -77,10 +78,11 @@ def make_inputs(
     constant: bool = False,
     generator: int = 0,
     device: str = "cpu",
+    shortcut: bool = False,
 ) -> Inputs:
     """Random inputs with every parameter that the case can have.
 
-    `masked`: some positions of each sample are padding, where z, dy and the residual are NaN, and
+    `masked`: some positions of each sample are padding, where z, dy and what is added are NaN, and
     the last of several samples is nothing else. `constant`: with the statistics of evaluation.
     """
     g = torch.Generator().manual_seed(generator)
@@ -96,8 +98,9 @@ def make_inputs(
         norm_weight=normal(channels, scale=0.3, mean=1.0) if affine else None,
         norm_bias=normal(channels) if affine else None,
         residual=normal(*shape) if residual else None,
+        shortcut=normal(*shape) if shortcut else None,
     )
-    for name in ("z", "dy", "norm_weight", "norm_bias", "residual"):
+    for name in ("z", "dy", "norm_weight", "norm_bias", "residual", "shortcut"):
         t = getattr(inputs, name)
         setattr(inputs, name, None if t is None else t.to(device, dtype))
     if masked:
@@ -105,7 +108,7 @@ def make_inputs(
         if samples > 1:
             inputs.mask[-1] = False
         inputs.mask = inputs.mask.to(device)
-        for t in (inputs.z, inputs.dy, inputs.residual):
+        for t in (inputs.z, inputs.dy, inputs.residual, inputs.shortcut):
             if t is not None:
                 t[~inputs.mask] = math.nan
     if constant and norm is not None:
@@ -128,8 +131,10 @@ def wanted_of(inputs: Inputs, epilogue: Spec) -> int:
 
 def named(inputs: Inputs, y: Tensor, gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """y and the gradients by name, without those that are not made."""
-    names = ("dz", "dnorm_weight", "dnorm_bias", "dbias")
+    names = ("dz", "dnorm_weight", "dnorm_bias", "dbias", "dshortcut")
     found = dict(zip(names, gradients, strict=True))
+    if not found["dshortcut"].numel() and inputs.z.numel():
+        del found["dshortcut"]
     if inputs.norm_weight is None:
         del found["dnorm_weight"]
     if inputs.norm_bias is None:
@@ -142,22 +147,16 @@ def run_operator(inputs: Inputs, epilogue: Spec) -> dict[str, Tensor]:
 
     y, dz, dnorm_weight and dnorm_bias where there are parameters, dbias except for group norm.
     """
-    seed, codes = seed_of(inputs, epilogue), epilogue.channel
-    constant = inputs.mean is not None
+    seed, codes = seed_of(inputs, epilogue), (*epilogue.channel, inputs.shortcut)
+    constant, given = inputs.mean is not None, (inputs.residual, inputs.mask, seed, *codes)
     if constant:
         mean, variance, count = inputs.mean, inputs.variance, None
-        y = ops.channel_apply(
-            inputs.z, mean, variance, *inputs.parameters, inputs.residual, inputs.mask, seed, *codes
-        )
+        y = ops.channel_apply(inputs.z, mean, variance, *inputs.parameters, *given)
     elif epilogue.norm is None:
         mean = variance = count = None
-        y = ops.channel_apply(
-            inputs.z, None, None, None, None, inputs.residual, inputs.mask, seed, *codes
-        )
+        y = ops.channel_apply(inputs.z, None, None, None, None, *given)
     else:
-        y, mean, variance, count = ops.channel_forward(
-            inputs.z, *inputs.parameters, inputs.residual, inputs.mask, seed, *codes
-        )
+        y, mean, variance, count = ops.channel_forward(inputs.z, *inputs.parameters, *given)
         count = count if inputs.mask is not None else None
     gradients = ops.channel_backward(
         inputs.dy,
@@ -184,16 +183,17 @@ def run_in_parts(inputs: Inputs, epilogue: Spec) -> dict[str, Tensor]:
     mean, variance, count = ops.channel_statistics(
         inputs.z, inputs.mask, codes[0], epilogue.groups, epilogue.channels_last
     )
-    y = ops.channel_apply(
-        inputs.z, mean, variance, *inputs.parameters, inputs.residual, inputs.mask, seed, *codes
-    )
-    sums = ops.channel_sums(
-        inputs.dy, inputs.z, mean, variance, *inputs.parameters, inputs.mask, seed, *codes
-    )
+    added = inputs.shortcut
+    given = (inputs.z, mean, variance, *inputs.parameters)
+    y = ops.channel_apply(*given, inputs.residual, inputs.mask, seed, *codes, added)
+    sums, dshortcut = ops.channel_sums(inputs.dy, *given, inputs.mask, seed, *codes, added)
+    dy = inputs.dy
+    if added is not None:
+        dy, codes = dshortcut, epilogue.norm_alone.channel
     if inputs.mask is None:
         count = mean.new_full((1,), inputs.z.numel() // max(1, epilogue.groups))
     dz = ops.channel_gradient(
-        inputs.dy,
+        dy,
         inputs.z,
         mean,
         variance,
@@ -205,6 +205,8 @@ def run_in_parts(inputs: Inputs, epilogue: Spec) -> dict[str, Tensor]:
         *codes,
     )
     found = {"y": y, "dz": dz}
+    if added is not None:
+        found["dshortcut"] = dshortcut
     for name, parameter, gradient in (
         ("dnorm_weight", inputs.norm_weight, sums[1]),
         ("dnorm_bias", inputs.norm_bias, sums[0]),
@@ -230,15 +232,18 @@ def run_reference(inputs: Inputs, epilogue: Spec, dtype: torch.dtype) -> dict[st
         None if t is None else t.detach().to(dtype).requires_grad_() for t in inputs.parameters
     ]
     constants = [None if t is None else t.to(dtype) for t in (inputs.mean, inputs.variance)]
-    residual = prepared(inputs.residual)
+    residual, shortcut = prepared(inputs.residual), prepared(inputs.shortcut)
+    if shortcut is not None:
+        shortcut.requires_grad_()
     given = list(parameters)
     if epilogue.norm == "group" and given[0] is None and given[1] is not None:
         given[0] = torch.ones_like(given[1])  # torch cannot differentiate a bias alone
-    y = reference.channel(
-        z, epilogue, *constants, *given, residual, inputs.mask, seed_of(inputs, epilogue)
-    )
+    rest = (residual, inputs.mask, seed_of(inputs, epilogue), shortcut)
+    y = reference.channel(z, epilogue, *constants, *given, *rest)
     y.backward(prepared(inputs.dy))
     found = {"y": y.detach(), "dz": z.grad}
+    if shortcut is not None:
+        found["dshortcut"] = shortcut.grad
     for name, t in zip(("dnorm_weight", "dnorm_bias"), parameters, strict=True):
         if t is not None:
             found[name] = t.grad
@@ -259,7 +264,8 @@ def check(inputs: Inputs, epilogue: Spec, what: str = "") -> None:
     rstd = largest_rstd(inputs, epilogue)
     for name, result in found.items():
         # Sums of terms of both signs: their size is that of the terms, not of what is left.
-        magnitude = terms * (1 if name == "dz" else math.sqrt(samples * positions))
+        summed = name not in ("dz", "dshortcut")
+        magnitude = terms * (math.sqrt(samples * positions) if summed else 1)
         if name in ("dz", "dbias"):
             magnitude *= max(1, rstd)
         if name == "y":

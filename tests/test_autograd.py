@@ -166,7 +166,7 @@ def test_forward_mode_is_right_and_never_zero() -> None:
     torch.testing.assert_close(found, expected)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
         dual = torch.autograd.forward_ad.make_dual(x, tangent)
-        fused.run.autograd.RowFunction.apply(dual, *[None] * 6, make_spec("layer", 1e-5))
+        fused.run.autograd.RowFunction.apply(dual, *[None] * 7, make_spec("layer", 1e-5))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

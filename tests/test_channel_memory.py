@@ -135,5 +135,6 @@ def test_elements_beyond_two_to_the_31(channels_last: bool) -> None:
     codes = (3, *codes[1:])
     statistics = torch.zeros(1, channels), torch.ones(1, channels)
     arguments = *statistics, *plain.parameters, None, None, *codes
-    sums = ops.channel_sums(dy, z, *arguments)
-    torch.testing.assert_close(sums, ops.channel_sums(plain.dy, plain.z, *arguments))
+    sums = ops.channel_sums(dy, z, *arguments)[0]
+    plain_sums = ops.channel_sums(plain.dy, plain.z, *arguments)[0]
+    torch.testing.assert_close(sums, plain_sums)

@@ -36,7 +36,8 @@ def check(inputs: Inputs, epilogue: Spec, what: str = "") -> None:
         terms *= 65536 / max(1, 65536 - epilogue.threshold)
     for name, result in found.items():
         # Sums of terms of both signs: their size is that of the terms, not of what is left.
-        magnitude = 0.0 if name == "y" else terms * (math.sqrt(rows) if name != "dz" else 1.0)
+        summed = name not in ("dz", "dshortcut")
+        magnitude = 0.0 if name == "y" else terms * (math.sqrt(rows) if summed else 1.0)
         if name == "dz" and cols == 1 and epilogue.norm:
             magnitude /= math.sqrt(epilogue.eps)
         assert result.dtype == dtype

@@ -1,8 +1,8 @@
 // What the kernels of the channel norms take, and the table of them that each instruction set
 // offers.
 //
-//   h = (z − mean)·scale + shift        y = residual + dropout(activation(h))
-//   g = the gradient of h               dz = g·scale + (z − mean)·slope + offset
+//   h = (z − mean)·scale + shift + shortcut        y = residual + dropout(activation(h))
+//   g = the gradient of h, dshortcut               dz = g·scale + (z − mean)·slope + offset
 //
 // A kernel works on rows of contiguous elements, one after the other in memory. The coefficients
 // mean … offset are either one number for a row (a row is a channel of a sample) or arrays along
@@ -27,15 +27,18 @@ struct Coefficients {
   const void* offset = nullptr;
 };
 
-// Rows [0, rows) from each of the pointers on. z, dy, residual, out: the storage type.
+// Rows [0, rows) from each of the pointers on. z, shortcut, dy, residual, out, dshortcut: the
+// storage type.
 struct ChannelRows {
   int64_t rows = 0, cols = 0;
   int64_t stride = 0;            // elements from a row to the next
   int64_t coefficient_step = 1;  // from a row's coefficients to the next; 0: all have the same
   const void* z = nullptr;
+  const void* shortcut = nullptr;  // may be null
   const void* dy = nullptr;        // backward
   const void* residual = nullptr;  // forward; may be null
   void* out = nullptr;             // y, which may be z, or dz; sums kernel: null or dz = g·scale
+  void* dshortcut = nullptr;       // written by the sums kernel if not null
   const bool* mask = nullptr;      // per row: false where all is zero; null: all true
   uint64_t counter = 0;            // of the first row's dropout
   uint64_t row_counters = 0;       // by how much it goes on for the next row

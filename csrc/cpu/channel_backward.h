@@ -46,15 +46,18 @@ struct ChannelSumsKernel : Packs<T> {
     for (int64_t row = 0; row < rows.rows; ++row) {
       if (Input::left_out(rows, row)) continue;
       T* const dz = rows.out ? static_cast<T*>(rows.out) + row * rows.stride : nullptr;
+      T* const dshortcut =
+          rows.dshortcut ? static_cast<T*>(rows.dshortcut) + row * rows.stride : nullptr;
       C* const kept = rows.gradient ? static_cast<C*>(rows.gradient) + row * cols : nullptr;
       const Input input(rows, row);
       double total[2] = {0, 0};
       for (int64_t begin = 0; begin < cols; begin += kBlock) {
         V sum_g[Base::kVectors]{}, sum_gd[Base::kVectors]{};
         const auto done = [&](auto& g, auto& d, int64_t start, auto n) FUSED_INLINE {
-          if (kept || dz) {
+          if (kept || dz || dshortcut) {
             each(g, start, [&](int k, int64_t i) FUSED_INLINE {
               if (kept) store(kept + i, g[k], n);
+              if (dshortcut) store(dshortcut + i, g[k], n);
               if (dz) Base::store_output(dz + i, g[k] * input.scale.at(i, n), n, streaming);
             });
           }

@@ -24,7 +24,7 @@ struct Coefficient {
   V value;
 };
 
-// h = d·scale + shift of a row, with d = z − mean: the Input of epilogue.h.
+// h = d·scale + shift + shortcut of a row, with d = z − mean: the Input of epilogue.h.
 template <class T, By kBy>
 struct ChannelInput : Packs<T> {
   using Packs<T>::each;
@@ -47,6 +47,7 @@ struct ChannelInput : Packs<T> {
   FUSED_INLINE void affine(V (&d)[kCount], int64_t start, N n) const {
     each(d, start,
          [&](int k, int64_t i) FUSED_INLINE { d[k] = d[k] * scale.at(i, n) + shift.at(i, n); });
+    Packs<T>::add(d, shortcut, start, n);
   }
   template <int kCount, class N>
   FUSED_INLINE void rescale(V (&y)[kCount], int64_t start, N n) const {
@@ -58,23 +59,26 @@ struct ChannelInput : Packs<T> {
   static constexpr bool gives_x() { return true; }
   static const T* plain() { return nullptr; }
 
-  // Whether the mask leaves the row out; if so, its part of `out` is zero.
+  // Whether the mask leaves the row out; if so, its part of what is written is zero.
   static bool left_out(const ChannelRows& rows, int64_t row) {
     if (!rows.mask || rows.mask[row]) return false;
-    if (rows.out) {
-      T* const out = static_cast<T*>(rows.out) + row * rows.stride;
-      memset(static_cast<void*>(out), 0, sizeof(T) * static_cast<size_t>(rows.cols));
+    for (void* const written : {rows.out, rows.dshortcut}) {
+      if (!written) continue;
+      T* const first = static_cast<T*>(written) + row * rows.stride;
+      memset(static_cast<void*>(first), 0, sizeof(T) * static_cast<size_t>(rows.cols));
     }
     return true;
   }
 
-  const T *const z, *const ahead;
+  const T *const z, *const ahead, *const shortcut;
   const Coefficient<T, kBy> mean, scale, shift, factor;
 
  private:
   ChannelInput(const ChannelRows& rows, int64_t row, const Coefficients& c, int64_t own)
       : z(static_cast<const T*>(rows.z) + row * rows.stride),
         ahead(z + kAhead),
+        shortcut(rows.shortcut ? static_cast<const T*>(rows.shortcut) + row * rows.stride
+                               : nullptr),
         mean(c.mean, own),
         scale(c.scale, own),
         shift(c.shift, own),

@@ -80,9 +80,7 @@ struct Epilogue : Packs<T> {
                            const OutputRow<T>& row) {
     drop(y, start, row.counter);
     input.rescale(y, start, n);
-    if (row.residual) {
-      each(y, start, [&](int k, int64_t i) FUSED_INLINE { y[k] += load(row.residual + i, n); });
-    }
+    Base::add(y, row.residual, start, n);
     each(y, start,
          [&](int k, int64_t i) FUSED_INLINE { Base::store_output(row.y + i, y[k], n, streaming); });
   }

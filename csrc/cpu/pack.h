@@ -113,6 +113,13 @@ struct Packs {
     }
   }
 
+  // Adds a row to a pack; null: nothing.
+  template <int kCount, class N>
+  FUSED_INLINE static void add(V (&x)[kCount], const T* row, int64_t start, N n) {
+    if (!row) return;
+    each(x, start, [&](int k, int64_t i) FUSED_INLINE { x[k] += load(row + i, n); });
+  }
+
   // Asks for what is read a row or more later; the hardware prefetcher stops at page ends. Always
   // inline: GCC 12 takes a function that only prefetches for one without effect and drops its
   // calls.

@@ -7,9 +7,10 @@
 
 namespace fused {
 
-// y = residual + dropout(activation(norm(z + bias))) over (rows, cols).
+// y = residual + dropout(activation(norm(z + bias) + shortcut)) over (rows, cols).
 //
-// z, residual, dy, y, dz (storage type): rows of contiguous elements, strides in elements. bias,
+// z, residual, dy, y, dz (storage type): rows of contiguous elements, strides in elements. The
+// shortcut and its gradient, dshortcut, are contiguous; a gated activation has none. bias,
 // norm_weight, norm_bias, mean, rstd: contiguous, in the compute type (float, or double for
 // double); null where absent.
 struct RowProblem {
@@ -24,6 +25,7 @@ struct RowProblem {
   const void* bias = nullptr;
   const void* norm_weight = nullptr;
   const void* norm_bias = nullptr;
+  const void* shortcut = nullptr;  // may be null
 };
 
 struct RowForward : RowProblem {
@@ -42,7 +44,8 @@ struct RowBackward : RowProblem {
   int64_t added_stride = 0;
   void* dz = nullptr;
   void* dgate = nullptr;
-  int64_t dz_stride = 0;  // of both
+  int64_t dz_stride = 0;      // of both
+  void* dshortcut = nullptr;  // under a norm; else it is dz
   const void* mean = nullptr;
   const void* rstd = nullptr;
 };

@@ -65,6 +65,8 @@ struct RowBackwardKernel : RowBackwardBase<T> {
       const int64_t ahead = row + 1 < end;
       T* const dz = static_cast<T*>(problem.dz) + row * dz_stride;
       T* const dgate = static_cast<T*>(problem.dgate) + row * dz_stride;
+      T* const dshortcut =
+          problem.dshortcut ? static_cast<T*>(problem.dshortcut) + row * cols : nullptr;
       const RowInput<T> input{{},
                               z,
                               z + ahead * z_stride,
@@ -75,7 +77,8 @@ struct RowBackwardKernel : RowBackwardBase<T> {
                               normed,
                               Base::statistics_of(problem, row),
                               gate,
-                              gate + ahead * gate_stride};
+                              gate + ahead * gate_stride,
+                              Base::shortcut_of(problem, row)};
       V sum_g{}, sum_gx{};
       const auto done = [&](auto& g, auto& x, int64_t start, auto n) FUSED_INLINE {
         if (!normed) {
@@ -85,6 +88,9 @@ struct RowBackwardKernel : RowBackwardBase<T> {
             store_output(out + i, g[k], n, streaming);
           });
           return;
+        }
+        if (dshortcut) {
+          each(g, start, [&](int k, int64_t i) FUSED_INLINE { store(dshortcut + i, g[k], n); });
         }
         if (dweight) {
           each(g, start,

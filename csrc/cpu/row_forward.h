@@ -48,7 +48,8 @@ struct RowForwardKernel : RowBase<T> {
                                 normed,
                                 Base::statistics_of(problem, row),
                                 gate,
-                                gate + ahead * gate_stride};
+                                gate + ahead * gate_stride,
+                                Base::shortcut_of(problem, row)};
         epilogue.output(y_cols, input,
                         {static_cast<T*>(problem.y) + row * problem.y_stride,
                          residual ? residual + row * problem.residual_stride : nullptr,

@@ -10,7 +10,7 @@
 
 namespace fused::FUSED_TARGET {
 
-// h = x̂·weight + shift of a row, with x̂ = normalize(z + bias): the Input of epilogue.h.
+// h = x̂·weight + shift + shortcut of a row, with x̂ = normalize(z + bias): the Input of epilogue.h.
 template <class T>
 struct RowInput : Packs<T> {
   using Packs<T>::each;
@@ -47,6 +47,7 @@ struct RowInput : Packs<T> {
       each(x, start,
            [&](int k, int64_t i) FUSED_INLINE { x[k] += FUSED_TARGET::load(shift + i, n); });
     }
+    Packs<T>::add(x, shortcut, start, n);
   }
 
   template <int kCount, class N>
@@ -62,7 +63,7 @@ struct RowInput : Packs<T> {
     second.ahead = gate_ahead;
     return second;
   }
-  const T* plain() const { return normed || bias || weight || shift ? nullptr : z; }
+  const T* plain() const { return normed || bias || weight || shift || shortcut ? nullptr : z; }
 
   const T *z, *ahead;
   const C* copy;  // of z + bias; null: it is made again
@@ -70,6 +71,7 @@ struct RowInput : Packs<T> {
   bool normed;
   RowStatistics<V> statistics;
   const T *gate, *gate_ahead;  // z and ahead of the second half of the columns
+  const T* shortcut;           // may be null
 };
 
 // What does not depend on the activation, compiled once per storage type.
@@ -80,6 +82,12 @@ struct RowBase : Packs<T> {
   using typename Packs<T>::V;
 
   static bool must_copy(const RowProblem& problem) { return !std::is_same_v<T, C> || problem.bias; }
+
+  // The rows of the problem's shortcut, null where it has none.
+  static const T* shortcut_of(const RowProblem& problem, int64_t row) {
+    const T* const first = static_cast<const T*>(problem.shortcut);
+    return first ? first + row * problem.cols : nullptr;
+  }
 
   template <class N>
   static V load_input(const T* z, const C* bias, int64_t i, N n) {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..spec import ACTIVATION_NAMES, NORM_CODES, is_gated
-from .cuda_library import compute_dtype, launch
+from .cuda_library import compute_dtype, launch, scalars_of
 from .cuda_row import chunks_of
 
 # Positions of a row that one team of threads goes over.
@@ -131,7 +131,7 @@ def channel_forward(
     *scalars: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = residual + dropout(activation(norm(z))), by the statistics of z itself, and these."""
-    given = ChannelScalars(*scalars)
+    given = scalars_of(ChannelScalars, scalars)
     statistics = channel_statistics(z, mask, given.norm, given.groups, given.channels_last)
     rest = (norm_weight, norm_bias, residual, mask, seed, *scalars)
     return channel_apply(z, *statistics[:2], *rest), *statistics
@@ -153,7 +153,7 @@ def channel_apply(
 
     out: where y goes; it may be z itself. None: a new tensor.
     """
-    y, given = z.new_empty(z.shape) if out is None else out, ChannelScalars(*scalars)
+    y, given = z.new_empty(z.shape) if out is None else out, scalars_of(ChannelScalars, scalars)
     if z.numel():
         coefficients = coefficients_of(z, (mean, variance), (norm_weight, norm_bias), given)
         tensors = {"z": z, "coefficients": coefficients, "residual": residual, "out": y}

@@ -21,7 +21,7 @@ from .cuda_channel import (
     coefficients_of,
     epilogue_walk_of,
 )
-from .cuda_library import add_up, compute_dtype, launch, new_sums, returned, wanted_of
+from .cuda_library import add_up, compute_dtype, launch, new_sums, returned, scalars_of, wanted_of
 
 
 def _walk_backward(
@@ -75,11 +75,11 @@ def channel_backward(
     constant: bool,
     *scalars: Any,
 ) -> tuple[Tensor, ...]:
-    """dz, dnorm_weight, dnorm_bias and dbias, given the gradient dy of y.
+    """dz, dnorm_weight, dnorm_bias, dbias and nothing, given the gradient dy of y.
 
     A bias in front of group norm is refused: its gradient is not a sum of what is at hand.
     """
-    given = ChannelScalars(*scalars)
+    given = scalars_of(ChannelScalars, scalars)
     constant = constant or not given.norm
     if given.norm == NORM_CODES["group"] and not constant and wanted & WANT_BIAS:
         raise ValueError(
@@ -117,14 +117,16 @@ def channel_sums(
     mask: Tensor | None,
     seed: Tensor | None,
     *scalars: Any,
-) -> Tensor:
-    """The sums of batch norm's backward: (2, channels), of g and of g·x̂, in the compute dtype."""
-    given = ChannelScalars(*scalars)
+) -> tuple[Tensor, Tensor]:
+    """The sums of batch norm's backward: (2, channels), of g and of g·x̂, in the compute dtype; and
+    nothing.
+    """
+    given, nothing = scalars_of(ChannelScalars, scalars), z.new_empty((0,))
     if z.numel() == 0:
         channels = z.shape[2 if given.channels_last else 1]
-        return z.new_zeros((2, channels), dtype=compute_dtype(z))
+        return z.new_zeros((2, channels), dtype=compute_dtype(z)), nothing
     coefficients = coefficients_of(z, (mean, variance), (norm_weight, norm_bias), given)
-    return _sums(coefficients, partial(_walk_backward, dy, z, mask, seed, given))[:, 0]
+    return _sums(coefficients, partial(_walk_backward, dy, z, mask, seed, given))[:, 0], nothing
 
 
 def channel_gradient(

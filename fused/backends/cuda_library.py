@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ _REBUILD = (
 STORAGES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _TYPES = {"void": ctypes.c_void_p, "int64_t": ctypes.c_int64, "double": ctypes.c_double}
 _WANT = (WANT_NORM_WEIGHT, WANT_NORM_BIAS, WANT_BIAS)
+
+
+Scalars = TypeVar("Scalars", bound=NamedTuple)
 
 
 class Kernel(NamedTuple):
@@ -166,10 +169,25 @@ def new_sums(
     ]
 
 
+def scalars_of(kind: type[Scalars], given: Sequence[Any]) -> Scalars:
+    """An operator's scalars; a shortcut, which may follow them, is refused."""
+    size = len(kind._fields)
+    if any(t is not None for t in given[size:]):
+        raise ValueError(
+            "fused: the CUDA C++ kernels take no shortcut; add it to the norm's result, and"
+            " activate the sum"
+        )
+    return kind(*given[:size])
+
+
 def returned(dz: Tensor, sums: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """What the backward operators return: a sum that is not made is empty, in the compute dtype."""
+    """What the backward operators return: a sum that is not made is empty, in the compute dtype.
+
+    The last is the gradient of a shortcut, of which there is none.
+    """
     dtype = compute_dtype(dz)
-    return dz, *(dz.new_empty((0,), dtype=dtype) if t is None else t for t in sums)
+    found = (dz.new_empty((0,), dtype=dtype) if t is None else t for t in sums)
+    return dz, *found, dz.new_empty((0,))
 
 
 def wanted_of(sums: Sequence[Tensor | None]) -> int:

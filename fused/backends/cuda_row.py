@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..spec import ACTIVATION_NAMES, NORM_NAMES, STATISTICS, is_gated
-from .cuda_library import add_up, compute_dtype, launch, new_sums, returned, wanted_of
+from .cuda_library import add_up, compute_dtype, launch, new_sums, returned, scalars_of, wanted_of
 
 # Rows that are summed up by one block at least, and blocks that share the rows at most: what fills
 # a large GPU several times over.
@@ -85,7 +85,7 @@ def row_forward(
 
     out: where y goes; it may be z itself, but not with a gated activation. None: a new tensor.
     """
-    (rows, cols), given = z.shape, Scalars(*scalars)
+    (rows, cols), given = z.shape, scalars_of(Scalars, scalars)
     if out is not None and is_gated(given.activation):
         raise ValueError(
             f"fused: y of {ACTIVATION_NAMES[given.activation]} has half the columns of z, so it"
@@ -116,8 +116,8 @@ def row_backward(
     wanted: int,
     *scalars: Any,
 ) -> tuple[Tensor, ...]:
-    """dz, dnorm_weight, dnorm_bias and dbias, given the gradient dy of y."""
-    (rows, cols), given, compute = z.shape, Scalars(*scalars), compute_dtype(z)
+    """dz, dnorm_weight, dnorm_bias, dbias and nothing, given the gradient dy of y."""
+    (rows, cols), given, compute = z.shape, scalars_of(Scalars, scalars), compute_dtype(z)
     features, dz = features_of(cols, given.activation), z.new_empty((rows, cols))
     if not given.norm:
         norm_weight = norm_bias = None

@@ -33,7 +33,7 @@ def _statistics_dtype(z: Tensor) -> torch.dtype:
 
 
 @torch.library.register_fake("fused_lnad::row_forward")
-def _(z, bias, norm_weight, norm_bias, residual, seed, norm, eps, activation, alpha, beta, t):
+def _(z, bias, norm_weight, norm_bias, residual, seed, norm, eps, activation, *rest):
     rows, cols = z.shape
     statistics = z.new_empty((STATISTICS[NORM_NAMES[norm]], rows), dtype=_statistics_dtype(z))
     return z.new_empty((rows, cols // 2 if is_gated(activation) else cols)), statistics
@@ -57,8 +57,13 @@ def _(x, weight, bias, norm_weight, norm_bias, residual, seed, save_z, norm, gro
 
 
 @torch.library.register_fake("fused_lnad::row_forward_")
-def _(z, bias, norm_weight, norm_bias, residual, seed, norm, eps, activation, alpha, beta, t):
+def _(z, *rest):
     return None
+
+
+def _shortcut_gradient(z: Tensor, shortcut: Tensor | None, norm: int) -> Tensor:
+    """Without a norm it is that of z."""
+    return z.new_empty(z.shape if shortcut is not None and norm else (0,))
 
 
 def _row_gradients(
@@ -78,8 +83,9 @@ def _row_gradients(
 
 
 @torch.library.register_fake("fused_lnad::row_backward")
-def _(dy, z, bias, norm_weight, norm_bias, statistics, seed, wanted, norm, eps, act, a, b, t):
-    return _row_gradients(z, norm_weight if norm else None, norm_bias if norm else None, wanted)
+def _(dy, z, bias, weight, shift, statistics, seed, wanted, norm, eps, act, a, b, t, shortcut=None):
+    found = _row_gradients(z, weight if norm else None, shift if norm else None, wanted)
+    return *found, _shortcut_gradient(z, shortcut, norm)
 
 
 @torch.library.register_fake("fused_lnad::add_norm_forward")
@@ -156,7 +162,13 @@ def _(
     norm,
     groups,
     channels_last,
-    *scalars,
+    eps,
+    activation,
+    alpha,
+    beta,
+    threshold,
+    channel_dropout,
+    shortcut=None,
 ):
     def gradient(parameter: Tensor | None, bit: int) -> Tensor:
         if parameter is None or not wanted & bit:
@@ -168,12 +180,14 @@ def _(
         gradient(norm_weight if norm else None, WANT_NORM_WEIGHT),
         gradient(norm_bias if norm else None, WANT_NORM_BIAS),
         gradient(z, WANT_BIAS),
+        _shortcut_gradient(z, shortcut, norm),
     )
 
 
 @torch.library.register_fake("fused_lnad::channel_sums")
-def _(dy, z, mean, variance, norm_weight, norm_bias, mask, seed, norm, groups, channels_last, *s):
-    return z.new_empty((2, _channels(z, channels_last)), dtype=_statistics_dtype(z))
+def _(dy, z, mean, variance, weight, bias, mask, seed, norm, groups, last, *rest):
+    sums = z.new_empty((2, _channels(z, last)), dtype=_statistics_dtype(z))
+    return sums, _shortcut_gradient(z, rest[6] if len(rest) > 6 else None, norm)
 
 
 @torch.library.register_fake("fused_lnad::channel_gradient")

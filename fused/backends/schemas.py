@@ -10,16 +10,21 @@ from __future__ import annotations
 # wanted is a sum of the WANT_ constants of spec.py; a sum over the rows that is not wanted comes
 # back empty. dbias may be wanted without bias: z then contains it already. A gated activation
 # halves the columns: z and the parameters have 2N of them, residual, y and dy have N, over which
-# the mask lies; row_forward_ does not take one.
+# the mask lies; row_forward_ does not take one. shortcut, of z's shape and contiguous, is added in
+# front of the activation, which is then no gated one; dshortcut is empty, (0,), without it, and
+# without a norm, where it is dz.
 _CHANNEL_PARAMETERS = "Tensor? norm_weight, Tensor? norm_bias"
 _PARAMETERS = f"Tensor? bias, {_CHANNEL_PARAMETERS}"
 _SCALARS = "int norm, float eps, int activation, float alpha, float beta, int threshold"
+_SHORTCUT = "Tensor? shortcut=None"
 _ROW = (
-    f"row_forward(Tensor z, {_PARAMETERS}, Tensor? residual, Tensor? seed, {_SCALARS})"
-    " -> (Tensor y, Tensor statistics)",
-    f"row_forward_(Tensor(a!) z, {_PARAMETERS}, Tensor? residual, Tensor? seed, {_SCALARS}) -> ()",
+    f"row_forward(Tensor z, {_PARAMETERS}, Tensor? residual, Tensor? seed, {_SCALARS},"
+    f" {_SHORTCUT}) -> (Tensor y, Tensor statistics)",
+    f"row_forward_(Tensor(a!) z, {_PARAMETERS}, Tensor? residual, Tensor? seed, {_SCALARS},"
+    f" {_SHORTCUT}) -> ()",
     f"row_backward(Tensor dy, Tensor z, {_PARAMETERS}, Tensor statistics, Tensor? seed, int wanted,"
-    f" {_SCALARS}) -> (Tensor dz, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dbias)",
+    f" {_SCALARS}, {_SHORTCUT})"
+    " -> (Tensor dz, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dbias, Tensor dshortcut)",
     # The same from a Linear's input on, z = x · weightᵀ + bias, for CUDA tensors alone and where
     # gemm.py has a kernel for it. z comes back empty, (0,), unless save_z.
     f"linear_row_forward(Tensor x, Tensor weight, {_PARAMETERS}, Tensor? residual, Tensor? seed,"
@@ -50,13 +55,13 @@ _CHANNEL_SCALARS = (
 )
 _APPLY = (
     f"Tensor? mean, Tensor? variance, {_CHANNEL_PARAMETERS}, Tensor? residual, Tensor? mask,"
-    f" Tensor? seed, {_CHANNEL_SCALARS}"
+    f" Tensor? seed, {_CHANNEL_SCALARS}, {_SHORTCUT}"
 )
 _CHANNEL = (
     "channel_statistics(Tensor z, Tensor? mask, int norm, int groups, bool channels_last)"
     " -> (Tensor mean, Tensor variance, Tensor count)",
     f"channel_forward(Tensor z, {_CHANNEL_PARAMETERS}, Tensor? residual, Tensor? mask,"
-    f" Tensor? seed, {_CHANNEL_SCALARS})"
+    f" Tensor? seed, {_CHANNEL_SCALARS}, {_SHORTCUT})"
     " -> (Tensor y, Tensor mean, Tensor variance, Tensor count)",
     f"channel_apply(Tensor z, {_APPLY}) -> Tensor y",
     f"channel_apply_(Tensor(a!) z, {_APPLY}) -> ()",
@@ -65,12 +70,14 @@ _CHANNEL = (
     # again. Group norm does not offer it.
     "channel_backward(Tensor dy, Tensor z, Tensor? mean, Tensor? variance, Tensor? count,"
     f" {_CHANNEL_PARAMETERS}, Tensor? mask, Tensor? seed, int wanted, bool constant,"
-    f" {_CHANNEL_SCALARS})"
-    " -> (Tensor dz, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dbias)",
+    f" {_CHANNEL_SCALARS}, {_SHORTCUT})"
+    " -> (Tensor dz, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dbias, Tensor dshortcut)",
     # The two halves of batch norm's backward, between which processes add up sums and count: sums
-    # is (2, channels), of g and of g · x̂, where g is the gradient of the norm's output.
+    # is (2, channels), of g and of g · x̂, where g is the gradient of the norm's output. Behind a
+    # shortcut the second half takes its gradient for dy, and no activation and dropout.
     f"channel_sums(Tensor dy, Tensor z, Tensor mean, Tensor variance, {_CHANNEL_PARAMETERS},"
-    f" Tensor? mask, Tensor? seed, {_CHANNEL_SCALARS}) -> Tensor sums",
+    f" Tensor? mask, Tensor? seed, {_CHANNEL_SCALARS}, {_SHORTCUT})"
+    " -> (Tensor sums, Tensor dshortcut)",
     "channel_gradient(Tensor dy, Tensor z, Tensor mean, Tensor variance, Tensor sums, Tensor count,"
     f" {_CHANNEL_PARAMETERS}, Tensor? mask, Tensor? seed, {_CHANNEL_SCALARS}) -> Tensor dz",
     # From a Linear's input on, as linear_row_forward; channels_last alone, without mask.

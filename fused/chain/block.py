@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules.jagged import is_jagged, like, residual_values, values_of
+from ..modules.jagged import is_jagged, like, values_of, values_of_added
 from ..modules.norms import MASKED_NORMS, ChannelDropout
-from ..run.checks import check_mask, check_residual
+from ..run.checks import check_mask, check_parameter
 from ..run.recording import is_plain
 from .chain import Chain
-from .guard import NORM_OF
+from .grammar import NO_PART, NORM
+from .guard import KIND_OF, NORM_OF
 from .sequential import Sequential
 
 
@@ -27,7 +28,7 @@ class Built(Sequential):
 
 
 class Block(Built):
-    """A Sequential that is one chain, with a residual input and a mask of positions."""
+    """A Sequential that is one chain, with what is added and a mask of positions as inputs."""
 
     channel_dim = -1
 
@@ -38,7 +39,11 @@ class Block(Built):
                 self.add_module(name, child)
 
     def forward(
-        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        shortcut: Tensor | None = None,
     ) -> Tensor:
         """The block.
 
@@ -47,9 +52,10 @@ class Block(Built):
             residual: of the output's shape, added last.
             mask: bool, the shape of the input without its features: positions where it is false
                 (padding) take no part in statistics and come out as zero.
+            shortcut: of the shape of the norm's result, added to it in front of the activation.
 
         Raises:
-            TypeError: residual is not a floating-point tensor, mask not a boolean one.
+            TypeError: residual or shortcut is not a floating-point tensor, mask not a boolean one.
             ValueError: one of them has another shape or device than it must; mask with channels in
                 dimension 1; a jagged input for group or instance norm.
         """
@@ -58,23 +64,27 @@ class Block(Built):
             drops = isinstance(self._modules.get("dropout"), ChannelDropout)
             norm = NORM_OF.get(type(self._modules.get("norm")))
             values = values_of(operation, input, norm, mask, drops)
-            return like(input, self(values, residual_values(operation, input, residual)))
-        if residual is None and mask is None:
+            added = values_of_added(operation, input, residual=residual, shortcut=shortcut)
+            return like(input, self(values, **added))
+        if residual is None and mask is None and shortcut is None:
             return super().forward(input)
         if mask is not None:
             check_mask(operation, mask, input, self.channel_dim)
         steps = self._current_steps()
         step = steps[0] if len(steps) == 1 else None
-        if isinstance(step, Chain) and (residual is None or is_plain(residual)):
-            shape = step.output_shape(input)
-            if shape is not None:
-                if residual is not None:
-                    check_residual(operation, residual, shape, input)
-                return step(input, residual, mask)
+        if isinstance(step, Chain) and all(t is None or is_plain(t) for t in (residual, shortcut)):
+            shapes = step.output_shapes(input)
+            if shapes is not None:
+                check_parameter(operation, "shortcut", shortcut, shapes[0], input)
+                check_parameter(operation, "residual", residual, shapes[1], input)
+                return step(input, residual, mask, shortcut)
         y = input
         for child in self.children():
+            if shortcut is not None and KIND_OF.get(type(child), NO_PART) > NORM:
+                y, shortcut = y + shortcut, None
             y = child(y, mask) if mask is not None and type(child) in MASKED_NORMS else child(y)
+        y = y if shortcut is None else y + shortcut
         if residual is not None:
-            check_residual(operation, residual, tuple(y.shape), y)
+            check_parameter(operation, "residual", residual, tuple(y.shape), y)
             y = residual + y
         return y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)

@@ -34,7 +34,8 @@ from ..run.recording import (
 from ..run.rows import row
 from ..spec import Spec, default_eps, make_spec
 from . import guard
-from .guard import FORWARD_OF, activation_of
+from .grammar import NORM
+from .guard import FORWARD_OF, KIND_OF, activation_of
 from .stages import Stages
 
 _autocast_enabled = torch._C._is_any_autocast_enabled
@@ -184,8 +185,13 @@ class Chain(Stages):
         return passed.spec
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        shortcut: Tensor | None = None,
     ) -> Tensor:
+        more = residual, mask, shortcut
         if (
             is_dynamo_compiling()
             or is_exporting()
@@ -193,16 +199,16 @@ class Chain(Stages):
             or forward_ad._current_level >= 0
         ):
             if recorded_plain() or self.static_reason() or self.input_reason(x):
-                return self._one_by_one(x, residual, mask)
-            return self.run(x, residual, mask)
+                return self._one_by_one(x, *more)
+            return self.run(x, *more)
         if is_tracing():
-            return self._one_by_one(x, residual, mask)
+            return self._one_by_one(x, *more)
         passed = self.passed
         spec = None if passed is None else self._passes_again(x, passed)
         if spec is not None:
             self.fused_calls += 1
-            if residual is not None or mask is not None or not self.along_rows:
-                return self.run(x, residual, mask, spec)
+            if not self.along_rows or any(t is not None for t in more):
+                return self.run(x, *more, spec)
             # Activation and dropout that does not drop: one torch operator, which nothing can
             # shorten.
             if self.alone is not None and not spec.threshold:
@@ -217,15 +223,24 @@ class Chain(Stages):
             self.passed = None
             self.unfused_calls += 1
             if stopped:
-                return self._one_by_one(x, residual, mask)
-            return self.run(x, residual, mask)
+                return self._one_by_one(x, *more)
+            return self.run(x, *more)
         self.fused_calls += 1
         self._remember(x)
-        return self.run(x, residual, mask)
+        return self.run(x, *more)
 
-    def _one_by_one(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _one_by_one(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        shortcut: Tensor | None,
+    ) -> Tensor:
         for child, kind in zip(self.children, self.types, strict=True):
+            if shortcut is not None and KIND_OF[kind] > NORM:
+                x, shortcut = x + shortcut, None
             x = child(x, mask) if mask is not None and kind in MASKED_NORMS else child(x)
+        x = x if shortcut is None else x + shortcut
         x = x if residual is None else residual + x
         return x if mask is None else torch.where(mask.unsqueeze(-1), x, 0)
 
@@ -257,17 +272,18 @@ class Chain(Stages):
         x: Tensor,
         residual: Tensor | None = None,
         mask: Tensor | None = None,
+        shortcut: Tensor | None = None,
         spec: Spec | None = None,
     ) -> Tensor:
         """The chain as one operation, on an input that the guard has passed."""
         spec = spec or self._spec_for(x)
         if self.alone is not None:
-            y = self._run_alone(x, residual, spec)
+            y = self._run_alone(x if shortcut is None else x + shortcut, residual, spec)
             return y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)
         affine = {} if self.norm is None else self.norm._parameters
         given = (*self._linear_parameters(), affine.get("weight"), affine.get("bias"))
         dims = 1 if self.norm is None else len(self.norm.normalized_shape)
-        return run(spec, x, *given, residual, mask, normalized_dims=dims)
+        return run(spec, x, *given, residual, mask, normalized_dims=dims, shortcut=shortcut)
 
     def _run_alone(self, x: Tensor, residual: Tensor | None, spec: Spec) -> Tensor:
         """Activation and dropout: in memory order, and laid out as the input is."""

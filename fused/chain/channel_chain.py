@@ -177,9 +177,11 @@ class ChannelChain(Chain):
         x: Tensor,
         residual: Tensor | None = None,
         mask: Tensor | None = None,
+        shortcut: Tensor | None = None,
         spec: Spec | None = None,
     ) -> Tensor:
-        again = spec is not None and residual is None and mask is None and not self.gated
+        more = residual, mask, shortcut
+        again = spec is not None and not self.gated and all(t is None for t in more)
         spec = spec or self._spec_for(x)
         linear: Any = {} if self.linear is None else self.linear._parameters
         given: Any = (linear.get("weight"), linear.get("bias"))
@@ -193,16 +195,20 @@ class ChannelChain(Chain):
             # Without any norm it is a chain over channels, which keeps the memory format.
             state = ChannelNorm() if self.norm is None and not self.gated else None
             dims = 1 if self.norm is None else len(self.norm.normalized_shape)
-            return run(spec, x, *given, norm=state, channel_dim=dim, normalized_dims=dims)
+            where: Any = {"channel_dim": dim, "normalized_dims": dims}
+            return run(spec, x, *given, norm=state, shortcut=shortcut, **where)
         state = channel_norm(norm, self.norm_name or "")
         rank = x.dim()
         if rank == self.unbatched_rank:
-            residual = None if residual is None else residual.unsqueeze(0)
+            residual, shortcut = (
+                None if t is None else t.unsqueeze(0) for t in (residual, shortcut)
+            )
+            where = {"channel_dim": dim, "shortcut": shortcut}
             given = (*given, None, None, residual, mask)
-            return run(spec, x.unsqueeze(0), *given, norm=state, channel_dim=dim).squeeze(0)
+            return run(spec, x.unsqueeze(0), *given, norm=state, **where).squeeze(0)
         if not again:
             given = (*given, None, None, residual, mask)
-            return run(spec, x, *given, norm=state, channel_dim=dim)
+            return run(spec, x, *given, norm=state, channel_dim=dim, shortcut=shortcut)
         y = channel(spec, x, dim, state, *given, eager=True)
         if state.batches is not None:
             state.batches.add_(1)

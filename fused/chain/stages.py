@@ -171,18 +171,22 @@ class Stages:
             return f"{type(given).__name__} halves {shape[own]} features"
         return ""
 
-    def output_shape(self, x: Any) -> tuple[int, ...] | None:
-        """The shape that an input of x's shape gives; None if eager is to raise for it, or may."""
+    def output_shapes(self, x: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The shapes of the norm's and the chain's result, which differ by a gate.
+
+        None if eager is to raise for x, or may.
+        """
         if guard.tensor_reason(x) or self.static_reason():
             return None
         shape = list(x.shape)
         if self.linear is not None:
             shape[-1] = self.linear.weight.shape[0]
+        normed = tuple(shape)
         if self.gated:
-            if self.gate_reason(tuple(shape)):
+            if self.gate_reason(normed):
                 return None
             shape[self.gate_dim(len(shape))] //= 2
-        return tuple(shape)
+        return normed, tuple(shape)
 
     def backend_reason(self) -> str:
         """Why a chain that nothing else stops runs as plain torch operators, with its own mask."""

@@ -27,13 +27,16 @@ def fused_chain(  # noqa: PLR0913  a graph takes no tuples of nodes as one
     mean: Tensor | None,
     variance: Tensor | None,
     residual: Tensor | None,
+    shortcut: Tensor | None,
     gate: Tensor | None,
     spec: Spec,
     momentum: float | None,
     dims: int,
     order: tuple[int, ...] | None,
 ) -> Tensor:
-    """residual + dropout(activation(norm(x · weightᵀ + bias))); channels are dimension 1.
+    """residual + dropout(activation(norm(x · weightᵀ + bias) + shortcut)).
+
+    Channels are dimension 1.
 
     Args:
         mean, variance: running statistics.
@@ -51,14 +54,15 @@ def fused_chain(  # noqa: PLR0913  a graph takes no tuples of nodes as one
         y = run(spec, x.permute(order), residual=residual)
         return y.permute([order.index(d) for d in range(x.dim())])
     if spec.norm not in CHANNEL_NORMS:
-        affine = norm_weight, norm_bias
-        return run(spec, x, weight, bias, *affine, residual, channel_dim=1, normalized_dims=dims)
+        where: Any = {"channel_dim": 1, "normalized_dims": dims, "shortcut": shortcut}
+        return run(spec, x, weight, bias, norm_weight, norm_bias, residual, **where)
     norm = ChannelNorm(spec.norm, spec.groups, norm_weight, norm_bias, momentum=momentum)
     if momentum is not None:
         norm.running_mean, norm.running_var = mean, variance
     else:
         norm.mean, norm.variance = mean, variance
-    return run(spec, x, weight, bias, residual=residual, norm=norm, channel_dim=1)
+    added: Any = {"residual": residual, "shortcut": shortcut}
+    return run(spec, x, weight, bias, norm=norm, channel_dim=1, **added)
 
 
 def fused_add_norm(
@@ -112,6 +116,7 @@ def call_of(chain: Found) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         *parameters,
         *map(tensors.get, ("mean", "variance")),
         chain.residual,
+        chain.shortcut,
         chain.gate,
         spec,
         numbers.get("momentum", 0.0) if own else None,

@@ -16,6 +16,7 @@ from ..chain.grammar import (
     RESIDUAL,
     extends,
     is_add_norm,
+    is_behind_norm,
     is_chain,
 )
 from ..chain.guard import dtypes_reason, memory_order
@@ -62,14 +63,22 @@ class Found:
 
     @property
     def residual(self) -> fx.Node | None:
-        """What is added."""
-        stage = self.part(RESIDUAL)
-        if stage is None:
-            return None
-        both = stage.source, stage.tensors["other"]
-        before = self.stages.index(stage) - 1
-        result = self.stages[before].node if before >= 0 else stage.source
-        return next(node for node in both if node is not result)
+        """What is added last, or to what the last norm reads."""
+        return self._added(shortcut=False)
+
+    @property
+    def shortcut(self) -> fx.Node | None:
+        """What is added between norm and activation."""
+        return self._added(shortcut=True)
+
+    def _added(self, shortcut: bool) -> fx.Node | None:
+        for i, stage in enumerate(self.stages):
+            following = self.kinds[i + 1 : i + 2]
+            if stage.kind == RESIDUAL and (following == [ACTIVATION]) is shortcut:
+                result = self.stages[i - 1].node if i else stage.source
+                both = stage.source, stage.tensors["other"]
+                return next(node for node in both if node is not result)
+        return None
 
     @property
     def total(self) -> fx.Node | None:
@@ -86,12 +95,16 @@ class Found:
         """What its call reads from outside."""
         tensors = [node for stage in self.stages for node in stage.tensors.values()]
         inside = {stage.node for stage in self.stages}
-        return [n for n in (self.source, self.residual, *tensors) if n and n not in inside]
+        added = self.residual, self.shortcut
+        return [n for n in (self.source, *added, *tensors) if n and n not in inside]
 
     def describe(self) -> str:
         """The chain in names: linear → layer → gelu → dropout → residual."""
-        names = {DROPOUT: "dropout"}
-        return " → ".join(names.get(stage.kind, stage.name) for stage in self.stages)
+        names = ["dropout" if stage.kind == DROPOUT else stage.name for stage in self.stages]
+        for i in range(1, len(names) - 1):
+            if self.kinds[i : i + 2] == [RESIDUAL, ACTIVATION]:
+                names[i] = "shortcut"
+        return " → ".join(names)
 
 
 def find(graph: fx.Graph) -> tuple[list[Found], dict[fx.Node, str]]:
@@ -159,6 +172,8 @@ def _next(chain: Found, owner: dict[fx.Node, Stage], taken: set[Stage]) -> Stage
         stage = next(
             (s for s in norms if s.name in ROW_NORMS and len(s.numbers["shape"]) == 1), None
         )
+        if is_behind_norm(chain.kinds) and len(readers) == 1:
+            stage = readers[0]
     else:
         stage = readers[0] if len(readers) == 1 else None
     if stage is None or stage in taken or not extends(chain.kinds, stage.kind):
@@ -175,12 +190,12 @@ def _next(chain: Found, owner: dict[fx.Node, Stage], taken: set[Stage]) -> Stage
 def _goes_with(chain: Found, stage: Stage) -> bool:
     """Whether the kernels have this stage behind these."""
     norm, activation, dropout = chain.part(NORM), chain.part(ACTIVATION), chain.part(DROPOUT)
-    if chain.kinds[-1] == RESIDUAL:
+    if stage.kind == NORM and chain.kinds[-1] == RESIDUAL:
         x = value(chain.last)
         return (dropout is None or dropout.name == "elements") and x.is_contiguous()
     channels = norm is not None and norm.name in CHANNEL_NORMS
     gated = stage.name in GATED_ACTIVATIONS
-    if "gate" in stage.tensors:
+    if "gate" in stage.tensors or (gated and chain.kinds[-1] == RESIDUAL):
         return False
     if stage.kind == ACTIVATION and gated:
         return not channels and (norm is None or len(norm.numbers["shape"]) == 1)
@@ -193,7 +208,7 @@ def _goes_with(chain: Found, stage: Stage) -> bool:
 def _reason(chain: Found) -> str:
     """Why the kernels do not serve the chain's tensors."""
     x = value(chain.source)
-    norm, residual = chain.part(NORM), chain.residual
+    norm = chain.part(NORM)
     # The norm reads what autocast makes of a Linear's input; its own node knows.
     read = x if norm is None else value(norm.source)
     reason = backend.reason(x.device.type, read.dtype)
@@ -201,8 +216,9 @@ def _reason(chain: Found) -> str:
         reason = "CUDA C++ has no gate of two tensors"
     if reason:
         return reason
-    if residual is not None and value(residual).device != x.device:
-        return "the residual is on another device"
+    added = chain.residual, chain.shortcut
+    if any(node is not None and value(node).device != x.device for node in added):
+        return "what is added is on another device"
     if norm is not None:
         dtypes = {value(t).dtype for t in norm.tensors.values() if t is not None}
         # Such a norm is computed in float32 whatever its weight is.

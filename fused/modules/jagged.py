@@ -57,17 +57,16 @@ def like(x: Tensor, values: Tensor) -> Tensor:
     return torch.nested.nested_tensor_from_jagged(values, given.offsets())
 
 
-def residual_values(operation: str, x: Tensor, residual: Any) -> Tensor | None:
-    """The values of a residual of x's structure.
+def values_of_added(operation: str, x: Tensor, **added: Any) -> dict[str, Tensor | None]:
+    """The values of what is added to x, of its structure, by name.
 
     Raises:
         ValueError: it is not jagged, or has other lengths.
     """
-    if residual is None:
-        return None
-    if not is_jagged(residual) or residual.shape[:2] != x.shape[:2]:
-        raise ValueError(f"{operation}: residual must be jagged with the offsets of the input")
-    return residual.values()
+    for name, t in added.items():
+        if t is not None and (not is_jagged(t) or t.shape[:2] != x.shape[:2]):
+            raise ValueError(f"{operation}: {name} must be jagged with the offsets of the input")
+    return {name: None if t is None else t.values() for name, t in added.items()}
 
 
 def on_jagged_values(first: str) -> Callable[[Function], Function]:
@@ -86,10 +85,11 @@ def on_jagged_values(first: str) -> Callable[[Function], Function]:
             drops = bool(options.get("channel_dropout"))
             norm = norm_name(options.get("norm"))
             values = values_of(name, x, norm, options.pop("mask", None), drops)
-            residual = residual_values(name, x, options.pop("residual", None))
+            added = {key: options.pop(key, None) for key in ("residual", "shortcut")}
+            options |= values_of_added(name, x, **added)
             if first == "z":  # its channels are where it is told, those of a product the last
                 options["channel_dim"] = -1
-            return like(x, function(values, *rest, residual=residual, **options))
+            return like(x, function(values, *rest, **options))
 
         return cast(Function, call)
 

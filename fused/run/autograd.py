@@ -19,17 +19,14 @@ from itertools import product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import ops
 from ..backends.backend import as_asked, asked
 from ..spec import NORM_CODES, WANT_BIAS, WANT_NORM_BIAS, WANT_NORM_WEIGHT, Spec
 from . import reference, synchronize
+from .double_backward import Affine, differentiable
 from .layout import contiguous_rows
-
-Run = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-
 
 # The operators' `wanted`, by which of bias, norm_weight and norm_bias need a gradient.
 _WANTED = {
@@ -39,11 +36,11 @@ _WANTED = {
 
 
 class RowFunction(torch.autograd.Function):
-    """y = residual + dropout(activation(norm(z))) over (rows, cols).
+    """y = residual + dropout(activation(norm(z) + shortcut)) over (rows, cols).
 
     With a weight, z = x · weightᵀ + bias is one operator with the rest; the weight must need a
-    gradient. Without a weight, z = x already contains the bias: `bias` is passed so that backward,
-    which has the sum over the rows, can return its gradient.
+    gradient, and there is no shortcut. Without a weight, z = x already contains the bias: `bias` is
+    passed so that backward, which has the sum over the rows, can return its gradient.
     """
 
     @staticmethod
@@ -54,6 +51,7 @@ class RowFunction(torch.autograd.Function):
         bias: Tensor | None,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
+        shortcut: Tensor | None,
         residual: Tensor | None,
         seed: Tensor | None,
         spec: Spec,
@@ -62,11 +60,11 @@ class RowFunction(torch.autograd.Function):
         z = x
         linear: tuple[Tensor | None, ...] = (None, None)
         if weight is None:
-            y, statistics = ops.row_forward(x, None, *rest, *scalars)
+            y, statistics = ops.row_forward(x, None, *rest, *scalars, shortcut)
         else:
             y, z, statistics = ops.linear_row_forward(x, weight, bias, *rest, True, *scalars)
             linear = x, (weight if ctx.needs_input_grad[0] else None)
-        ctx.save_for_backward(z, norm_weight, norm_bias, statistics, seed, *linear)
+        ctx.save_for_backward(z, norm_weight, norm_bias, shortcut, statistics, seed, *linear)
         # These are not saved: their values are not needed, so they may change. Double backward
         # needs the tensors themselves.
         ctx.weight, ctx.bias, ctx.spec, ctx.scalars = weight, bias, spec, scalars
@@ -76,17 +74,18 @@ class RowFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         needs = ctx.needs_input_grad
-        dresidual = dy if needs[5] else None
-        if not any(needs[:5]):
-            return (None,) * 5 + (dresidual, None, None)
-        z, norm_weight, norm_bias, statistics, seed, x, weight = ctx.saved_tensors
+        dresidual = dy if needs[6] else None
+        if not any(needs[:6]):
+            return (None,) * 6 + (dresidual, None, None)
+        z, norm_weight, norm_bias, shortcut, statistics, seed, x, weight = ctx.saved_tensors
         spec = ctx.spec
         if torch.is_grad_enabled():
 
-            def run(z: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> Tensor:
-                return reference.row(z, spec, None, norm_weight, norm_bias, None, seed)
+            def run(h: Tensor, affine: Affine, shortcut: Tensor | None) -> Tensor:
+                return reference.row(h, spec, None, *affine, None, seed, shortcut)
 
-            found = _differentiable(ctx, run, z, x, weight, norm_weight, norm_bias, dy)
+            affine = norm_weight, norm_bias
+            found = differentiable(ctx, run, z, x, weight, affine, shortcut, dy)
             return *found, dresidual, None, None
         if dy.stride(-1) != 1:
             dy = contiguous_rows(dy)
@@ -94,7 +93,10 @@ class RowFunction(torch.autograd.Function):
         backward: Callable[..., Any] = ops.row_backward
         if ctx.asked is not None:
             backward = partial(as_asked, ctx.asked, backward)
-        dx, dnorm_weight, dnorm_bias, dbias = backward(dy, z, None, *parameters, *ctx.scalars)
+        given = (dy, z, None, *parameters, *ctx.scalars, shortcut)
+        dx, dnorm_weight, dnorm_bias, dbias, dshortcut = backward(*given)
+        if spec.norm is None:
+            dshortcut = dx
         dweight = None
         if x is not None:
             dweight = dx.t() @ x
@@ -105,12 +107,14 @@ class RowFunction(torch.autograd.Function):
             dbias if needs[2] else None,
             dnorm_weight if needs[3] else None,
             dnorm_bias if needs[4] else None,
+            dshortcut if needs[5] else None,
             *(dresidual, None, None),
         )
 
 
 class ChannelFunction(torch.autograd.Function):
-    """residual + dropout(activation(norm(z))), z and residual as the operators take them.
+    """residual + dropout(activation(norm(z) + shortcut)), z and residual as the operators take
+    them.
 
     z = x, and bias, are as in `RowFunction`, the bias one for each channel. With a weight, x is
     (rows, inputs), and so are residual and result; rows are the positions of batch norm and the
@@ -133,6 +137,7 @@ class ChannelFunction(torch.autograd.Function):
         bias: Tensor | None,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
+        shortcut: Tensor | None,
         residual: Tensor | None,
         mean: Tensor | None,
         variance: Tensor | None,
@@ -154,17 +159,17 @@ class ChannelFunction(torch.autograd.Function):
             found = (*rest, rest[0].new_empty(0))
             linear = x, (weight if ctx.needs_input_grad[0] else None)
         elif constant:
-            y = ops.channel_apply(z, mean, variance, *parameters, *scalars)
+            y = ops.channel_apply(z, mean, variance, *parameters, *scalars, shortcut)
         elif group is not None:
             layout = NORM_CODES[spec.norm], spec.groups, spec.channels_last
             local = ops.channel_statistics(z, mask, *layout)
             found = synchronize.merge_statistics(z, spec.channels_last, local, group)
-            y = ops.channel_apply(z, *found[:2], *parameters, *scalars)
+            y = ops.channel_apply(z, *found[:2], *parameters, *scalars, shortcut)
         else:
-            y, *rest = ops.channel_forward(z, *parameters, *scalars)
+            y, *rest = ops.channel_forward(z, *parameters, *scalars, shortcut)
             found = tuple(rest)
         statistics = (mean, variance, None) if constant else found
-        ctx.save_for_backward(z, norm_weight, norm_bias, *statistics, mask, seed, *linear)
+        ctx.save_for_backward(z, norm_weight, norm_bias, shortcut, *statistics, mask, seed, *linear)
         ctx.weight, ctx.bias, ctx.spec, ctx.scalars = weight, bias, spec, scalars
         ctx.asked = asked() if x.is_cuda else None
         ctx.group, ctx.constant = group, constant
@@ -178,20 +183,22 @@ class ChannelFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
         needs, spec, none = ctx.needs_input_grad, ctx.spec, (None,) * 7
         if dy is None:
-            return (None,) * 6 + none
-        z, norm_weight, norm_bias, mean, variance, count, mask, seed, x, weight = ctx.saved_tensors
+            return (None,) * 7 + none
+        z, norm_weight, norm_bias, shortcut, mean, variance, count, mask, seed, x, weight = (
+            ctx.saved_tensors
+        )
         dy = dy.contiguous()  # a gradient may come expanded, or laid out otherwise
         dresidual = None
-        if needs[5]:
+        if needs[6]:
             dresidual = dy if mask is None else torch.where(mask[:, :, None], dy, 0)
-        if not any(needs[:5]):
-            return (None,) * 5 + (dresidual, *none)
+        if not any(needs[:6]):
+            return (None,) * 6 + (dresidual, *none)
         batch = spec.norm == "batch"
         if x is not None:  # samples, positions, channels
             view = (1, *z.shape) if batch else (z.shape[0], 1, z.shape[1])
             z, dy = z.view(view), dy.view(view)
         parameters = norm_weight, norm_bias, mask, seed
-        dx = dweight = dbias = dnorm_weight = dnorm_bias = None
+        dx = dweight = dbias = dnorm_weight = dnorm_bias = dshortcut = None
         if torch.is_grad_enabled():
             if ctx.group is not None:
                 raise RuntimeError(
@@ -200,16 +207,20 @@ class ChannelFunction(torch.autograd.Function):
                 )
             known = (mean, variance) if ctx.constant else (None, None)
 
-            def run(h: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> Tensor:
-                given = (*known, norm_weight, norm_bias, None, mask, seed)
+            def run(h: Tensor, affine: Affine, shortcut: Tensor | None) -> Tensor:
+                given = (*known, *affine, None, mask, seed, shortcut)
                 return reference.channel(h.view(z.shape), spec, *given)
 
             own = z if x is None else z.view(len(x), -1)
-            found = _differentiable(ctx, run, own, x, weight, norm_weight, norm_bias, dy)
+            affine = norm_weight, norm_bias
+            found = differentiable(ctx, run, own, x, weight, affine, shortcut, dy)
             return *found, dresidual, *none
         if ctx.group is not None:
             statistics, scalars = (mean, variance), ctx.scalars
-            sums = as_asked(ctx.asked, ops.channel_sums, dy, z, *statistics, *parameters, *scalars)
+            given = (dy, z, *statistics, *parameters, *scalars, shortcut)
+            sums, dshortcut = as_asked(ctx.asked, ops.channel_sums, *given)
+            if shortcut is not None:
+                dy, scalars = dshortcut, spec.norm_alone.channel
             # Of this process alone, as for any parameter: DistributedDataParallel averages them.
             dnorm_weight = sums[1].to(norm_weight.dtype) if needs[3] else None
             dnorm_bias = sums[0].to(norm_bias.dtype) if needs[4] else None
@@ -226,7 +237,10 @@ class ChannelFunction(torch.autograd.Function):
             backward: Callable[..., Any] = ops.channel_backward
             if ctx.asked is not None:
                 backward = partial(as_asked, ctx.asked, backward)
-            dx, dnorm_weight, dnorm_bias, dbias = backward(dy, z, *given, *ctx.scalars)
+            given = (dy, z, *given, *ctx.scalars, shortcut)
+            dx, dnorm_weight, dnorm_bias, dbias, dshortcut = backward(*given)
+            if spec.norm is None:
+                dshortcut = dx
             if later:
                 dbias = dx.sum((0, 1))
         if x is not None:
@@ -239,55 +253,6 @@ class ChannelFunction(torch.autograd.Function):
             dbias if needs[2] else None,
             dnorm_weight if needs[3] else None,
             dnorm_bias if needs[4] else None,
+            dshortcut if needs[5] else None,
             *(dresidual, *none),
         )
-
-
-def _differentiable(
-    ctx: Any,
-    run: Run,
-    z: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    dy: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight, bias, norm_weight and norm_bias, with a graph of their own.
-
-    Args:
-        run: y of (z, norm_weight, norm_bias), differentiable.
-        z: the value of x · weightᵀ + bias, or of x where there is no weight.
-        x, weight: as saved: None where there is no weight, or where no gradient needs its value.
-    """
-    linear = ctx.weight is not None
-    inputs = (
-        x if linear else z,
-        ctx.weight if weight is None else weight,
-        *(ctx.bias, norm_weight, norm_bias),
-    )
-    needs = ctx.needs_input_grad[:5]
-    # Views, so that a tensor passed twice gets two gradients.
-    views = [
-        t.view_as(t) if t is not None and need else None
-        for t, need in zip(inputs, needs, strict=True)
-    ]
-    first, weight, bias, norm_weight, norm_bias = (
-        given if found is None else found for given, found in zip(inputs, views, strict=True)
-    )
-    assert first is not None
-    with torch.enable_grad():
-        h = z if linear else first
-        if linear and needs[0]:
-            h = F.linear(first, weight, bias)
-        else:  # z has these values already; their gradients are added
-            if weight is not None:
-                h = h + F.linear(first, weight - weight.detach())
-            if bias is not None:
-                own = bias - bias.detach()
-                last = linear or z.dim() == 2 or ctx.spec.channels_last
-                h = h + (own if last else own[:, None])
-        y = run(h, norm_weight, norm_bias)
-        wanted = [t for t in views if t is not None]
-        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
-    return tuple(None if t is None else next(found) for t in views)

@@ -67,11 +67,12 @@ def row(
     norm_bias: Tensor | None,
     residual: Tensor | None,
     spec: Spec,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
-    """residual + activation(norm(z)) over (rows, cols), as `reference.row` gives it."""
+    """`reference.row` without dropout."""
     if spec.norm is not None:
         z = torch.layer_norm(z, z.shape[-1:], norm_weight, norm_bias, spec.eps)
-    return activate(z, residual, spec)
+    return activate(z if shortcut is None else z + shortcut, residual, spec)
 
 
 def serves_channel(

@@ -26,8 +26,11 @@ from .random import draw_seed
 from .rows import apart, needs_gradient, row
 from .running import ChannelNorm, update_running
 
+_MIXED = ("batch", None)  # to these a position of one sample is as one of another
+Added = tuple[Tensor | None, Tensor | None]  # residual and shortcut
 
-def channel(
+
+def channel(  # noqa: PLR0913  the chain's tensors, and how it runs
     spec: Spec,
     x: Tensor,
     channel_dim: int,
@@ -41,8 +44,9 @@ def channel(
     plain: bool = False,
     eager: bool = False,
     fresh: bool = False,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
-    """residual + dropout(activation(norm(z))), and the update of the running statistics.
+    """residual + dropout(activation(norm(z) + shortcut)), and the update of the running statistics.
 
     Args:
         x: z, of any rank ≥ 1, or with weight and bias z = x · weightᵀ + bias; the channels of z are
@@ -54,6 +58,7 @@ def channel(
         eager: nothing watches this call, so that sizes may decide and memory may be reused.
         fresh: nothing else needs x.
     """
+    added = residual, shortcut
     if eager and mask is None:
         elements = x.numel()
         if weight is not None:
@@ -61,11 +66,10 @@ def channel(
         if elements <= by_torch.LARGEST and by_torch.serves_channel(
             spec, elements, x, channel_dim, norm
         ):
-            return _by_torch(spec, x, norm, weight, bias, residual, seed)
+            return _by_torch(spec, x, norm, weight, bias, added, seed)
     found = None
-    if weight is not None and not _is_one_operator(
-        spec, x, channel_dim, norm, weight, bias, residual, mask, plain
-    ):
+    given: Any = (spec, x, channel_dim, norm, weight, bias, residual, mask, plain)
+    if weight is not None and (shortcut is not None or not _is_one_operator(*given)):
         # The gradient of the bias comes with the others, unless it depends on other processes, on
         # other parts of the batch or on other channels of a group.
         if (
@@ -82,18 +86,16 @@ def channel(
     if norm.virtual_batch_size is not None and norm.mean is None:
         parts = math.ceil(x.shape[0] / norm.virtual_batch_size)
         if parts > 1:
-            return _virtual_batches(spec, x, channel_dim, norm, parts, residual, mask, seed, plain)
+            return _virtual_batches(spec, x, channel_dim, norm, parts, added, mask, seed, plain)
     if weight is None:
-        z, layout = lay_out(
-            x, channel_dim, spec.channel_dropout or norm.name not in ("batch", None)
-        )
+        z, layout = lay_out(x, channel_dim, spec.channel_dropout or norm.name not in _MIXED)
     else:
         z, shape = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), (*x.shape[:-1], weight.shape[0])
         layout = Layout(shape, (len(z), 1, shape[-1]), True)
     channels = layout.view[2 if layout.channels_last else 1]
     groups = norm.groups if norm.name == "group" else channels
     spec = spec._replace(groups=groups, channels_last=layout.channels_last)
-    return _over(spec, z, layout, norm, weight, bias, residual, mask, seed, plain, fresh and eager)
+    return _over(spec, z, layout, norm, weight, bias, added, mask, seed, plain, fresh and eager)
 
 
 def _over(
@@ -103,7 +105,7 @@ def _over(
     norm: ChannelNorm,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
+    added: Added,
     mask: Tensor | None,
     seed: Tensor | None,
     plain: bool,
@@ -117,11 +119,14 @@ def _over(
         seed = draw_seed(z.device)
     if mask is not None:
         mask = mask.reshape(layout.view[:2]).contiguous()
+    residual, shortcut = added
     if residual is not None:
         residual = apply_layout(residual, layout)
         if weight is not None:
             residual = residual.view(len(z), -1)
         residual = apart(residual, z)
+    if shortcut is not None:
+        shortcut = apart(apart(apply_layout(shortcut, layout), z), residual)
     mean, variance = norm.mean, norm.variance
     if mean is not None and variance is not None:
         # Constants, one for each channel, whatever the norm is called.
@@ -132,12 +137,11 @@ def _over(
     parameters = norm.weight, norm.bias
     found: tuple[Tensor, ...] = ()
     if plain:
-        y, found = _by_reference(
-            spec, z, norm, mean, variance, across, learns, residual, mask, seed
-        )
-    elif across or needs_gradient(z, weight, bias, *parameters, residual):
+        added = residual, shortcut
+        y, found = _by_reference(spec, z, norm, mean, variance, across, learns, added, mask, seed)
+    elif across or needs_gradient(z, weight, bias, *parameters, residual, shortcut):
         group = (norm.group or _world()) if across else None
-        tensors = (z, weight, bias, *parameters, residual, mean, variance, mask, seed)
+        tensors = (z, weight, bias, *parameters, shortcut, residual, mean, variance, mask, seed)
         y = ChannelFunction.apply(*tensors, spec, group, learns)
         if learns:
             y, *found = y
@@ -146,14 +150,15 @@ def _over(
         y, _, *found = ops.linear_channel_forward(*given, *spec.channel)
         found = (*found, z.new_empty(0))
     elif mean is not None or norm.name is None:
-        constants = (mean, variance, *parameters, residual, mask, seed, *spec.channel)
+        constants = (mean, variance, *parameters, residual, mask, seed, *spec.channel, shortcut)
         if reuse:
             y = z
             ops.channel_apply_(y, *constants)
         else:
             y = ops.channel_apply(z, *constants)
     else:
-        y, *found = ops.channel_forward(z, *parameters, residual, mask, seed, *spec.channel)
+        given = (*parameters, residual, mask, seed, *spec.channel, shortcut)
+        y, *found = ops.channel_forward(z, *given)
     if learns:
         positions = layout.view[1 if layout.channels_last else 2]
         update_running(norm, positions * (layout.view[0] if spec.norm == "batch" else 1), *found)
@@ -167,12 +172,14 @@ def _by_torch(
     norm: ChannelNorm,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
+    added: Added,
     seed: Tensor | None,
 ) -> Tensor:
     """`channel` by torch's norm and, where something is dropped, by the row operator."""
+    residual, shortcut = added
     z = x if weight is None else F.linear(x, weight, bias)
     h = by_torch.normalize(z, norm, spec.eps)
+    h = h if shortcut is None else h + shortcut
     if not spec.threshold:
         return by_torch.activate(h, residual, spec)
     # A row of the mask is the positions of a channel, or the channels.
@@ -189,19 +196,22 @@ def _by_reference(
     variance: Tensor | None,
     across: bool,
     learns: bool,
-    residual: Tensor | None,
+    added: Added,
     mask: Tensor | None,
     seed: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """y, and what is learned, as the operators give them, by plain torch operators."""
+    residual, shortcut = added
     parameters = norm.weight, norm.bias
     found: tuple[Tensor, ...] = ()
     if across:
         found = synchronize.differentiable_statistics(z, spec.channels_last, mask, norm.group)
         h = reference.normalize_channels(z, spec, *found[:2], *parameters)
-        y = reference.channel(h, spec.without_norm, residual=residual, mask=mask, seed=seed)
+        rest = (None, None, None, None, residual, mask, seed, shortcut)
+        y = reference.channel(h, spec.without_norm, *rest)
     else:
-        y = reference.channel(z, spec, mean, variance, *parameters, residual, mask, seed)
+        given = (mean, variance, *parameters, residual, mask, seed, shortcut)
+        y = reference.channel(z, spec, *given)
     if learns and not across:
         known = reference.channel_statistics(z.detach(), spec, mask)
         found = (*known[:2], known[2] if mask is not None else z.new_empty(0))
@@ -248,7 +258,7 @@ def _virtual_batches(
     channel_dim: int,
     norm: ChannelNorm,
     parts: int,
-    residual: Tensor | None,
+    added: Added,
     mask: Tensor | None,
     seed: Tensor | None,
     plain: bool,
@@ -262,21 +272,24 @@ def _virtual_batches(
         layout = Layout(shape, (samples // size, size * math.prod(shape[1:-1]), channels), True)
         spec = spec._replace(norm="instance", groups=channels, channels_last=True)
         z = apply_layout(x, layout)
-        return _over(spec, z, layout, norm, None, None, residual, None, seed, plain)
+        return _over(spec, z, layout, norm, None, None, added, None, seed, plain)
     whole = replace(norm, virtual_batch_size=None)
-    residuals, masks = ([None] * parts if t is None else t.split(size) for t in (residual, mask))
+    residuals, shortcuts, masks = (
+        [None] * parts if t is None else t.split(size) for t in (*added, mask)
+    )
     outputs = []
     for i, piece in enumerate(x.split(size)):
         reason = few_values(whole, tuple(piece.shape), channel_dim)
         if reason:
             raise ValueError(f"virtual_batch_size={norm.virtual_batch_size}: {reason}")
-        own = whole
+        state = whole
         if norm.batches is not None and norm.momentum is None:
             # Each part counts as an update of its own.
-            own = replace(whole, batches=norm.batches * parts + i)
+            state = replace(whole, batches=norm.batches * parts + i)
         drawn = None if seed is None else seed + i
-        given = (own, None, None, residuals[i], masks[i], drawn)
-        outputs.append(channel(spec, piece, channel_dim, *given, plain=plain))
+        given = (state, None, None, residuals[i], masks[i], drawn)
+        own = {"plain": plain, "shortcut": shortcuts[i]}
+        outputs.append(channel(spec, piece, channel_dim, *given, **own))
     return torch.cat(outputs)
 
 

@@ -74,11 +74,6 @@ def check_scale_dtype(operation: str, name: str, t: Tensor | None, dtype: torch.
         )
 
 
-def check_residual(operation: str, residual: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Raises unless the residual can be added to an output of this shape, on like's device."""
-    check_parameter(operation, "residual", residual, shape, like)
-
-
 def checked_output_shape(
     operation: str, shape: tuple[int, ...], dim: int, spec: Spec
 ) -> tuple[int, ...]:

@@ -8,11 +8,13 @@ have behind a norm), and the padding that a mask names. rows.py and channels.py 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends.backend import choose
 from ..spec import Spec
 from .autocast import autocast_dtype, cast_by_autocast, float32_under_autocast
 from .channels import channel
@@ -23,7 +25,7 @@ from .running import ChannelNorm, count_batch
 Parameters = tuple[Tensor | None, Tensor | None]  # weight and bias
 
 
-def run(
+def run(  # noqa: PLR0913  the chain's tensors, and where its dimensions are
     spec: Spec,
     x: Tensor,
     weight: Tensor | None = None,
@@ -37,8 +39,9 @@ def run(
     norm: ChannelNorm | None = None,
     channel_dim: int = -1,
     normalized_dims: int = 1,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
-    """residual + dropout(activation(norm(z))), with eager's dtypes under autocast.
+    """residual + dropout(activation(norm(z) + shortcut)), with eager's dtypes under autocast.
 
     Args:
         x: z, of any rank ≥ 1, or with weight (N, K) and bias (N,) z = x · weightᵀ + bias.
@@ -50,6 +53,7 @@ def run(
         norm: the state of a norm over samples or positions; None: the norm is along rows.
         channel_dim: 1 or -1, where the channels of `norm` and of channel dropout are.
         normalized_dims: how many trailing dimensions are a row.
+        shortcut: of z's shape, or None.
 
     Returns:
         of z's shape; a gated activation halves the channels of `norm`, else the last dimension.
@@ -61,6 +65,17 @@ def run(
     if float32_under_autocast(x.device.type, x.dtype, spec.norm, spec.activation):
         x = (x if weight is None else F.linear(x, weight, bias)).float()
         weight = bias = None
+    if shortcut is not None:
+        if spec.activation is None and not spec.threshold and residual is None:
+            shortcut, residual = None, shortcut
+        elif not _takes_shortcut(spec, x, shortcut):
+            # Two operations; the second sees the sum.
+            affine: Any = {"norm_weight": norm_weight, "norm_bias": norm_bias, "mask": mask}
+            where: Any = {"channel_dim": channel_dim, "normalized_dims": normalized_dims}
+            h = run(spec.norm_alone, x, weight, bias, norm=norm, **affine, **where) + shortcut
+            norm = None if norm is None else ChannelNorm()
+            rest: Any = {"residual": residual, "mask": mask, "seed": seed, "norm": norm}
+            return run(spec.without_norm, h, **rest, **where)
     added = None
     if residual is not None and residual.dtype != x.dtype:
         residual, added = None, residual
@@ -68,10 +83,11 @@ def run(
         norm = ChannelNorm()  # there is only dropout of channels
     linear, affine, plain = (weight, bias), (norm_weight, norm_bias), composite(x)
     if norm is None:
-        given = (residual, seed, channel_dim, plain, normalized_dims)
+        given = (residual, seed, channel_dim, plain, normalized_dims, shortcut)
         y = _along_rows(spec, x, linear, affine, *given)
     else:
-        y = _over_channels(spec, x, linear, norm, residual, mask, seed, channel_dim, plain)
+        given = (residual, mask, seed, channel_dim, plain, shortcut)
+        y = _over_channels(spec, x, linear, norm, *given)
         count_batch(norm)
     if added is not None:
         y = added + y
@@ -79,6 +95,12 @@ def run(
     if mask is not None and (added is not None or norm is None or spec.gated):
         y = torch.where(mask.unsqueeze(-1), y, 0)
     return y
+
+
+def _takes_shortcut(spec: Spec, x: Tensor, shortcut: Tensor) -> bool:
+    """Whether a kernel adds it; CUDA C++ has none for it."""
+    triton = not x.is_cuda or choose("cuda", x.dtype, x.get_device()) == "triton"
+    return shortcut.dtype == x.dtype and not spec.gated and (triton or composite(x))
 
 
 def _along_rows(
@@ -91,14 +113,15 @@ def _along_rows(
     channel_dim: int,
     plain: bool,
     normalized_dims: int,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
     """The chain of a norm along rows, or of none."""
     if spec.channel_dropout and spec.threshold:
         rest = spec._replace(threshold=0), x, linear, affine, None, None
-        y = _along_rows(*rest, channel_dim, plain, normalized_dims)
+        y = _along_rows(*rest, channel_dim, plain, normalized_dims, shortcut)
         return _drop_channels(spec, y, channel_dim, residual, seed, plain)
     if normalized_dims == 1:
-        return row(spec, x, *linear, *affine, residual, seed, plain)
+        return row(spec, x, *linear, *affine, residual, seed, plain, shortcut)
     weight, bias = linear
     z = x if weight is None else F.linear(x, weight, bias)
     if spec.gated:
@@ -109,7 +132,8 @@ def _along_rows(
     view = math.prod(z.shape[:split]), math.prod(z.shape[split:])
     scale, shift = (None if t is None else t.reshape(view[1]) for t in affine)
     residual = None if residual is None else residual.reshape(view)
-    y = row(spec, z.reshape(view), None, None, scale, shift, residual, seed, plain)
+    shortcut = None if shortcut is None else shortcut.reshape(view)
+    y = row(spec, z.reshape(view), None, None, scale, shift, residual, seed, plain, shortcut)
     return y.view(z.shape)
 
 
@@ -123,13 +147,14 @@ def _over_channels(
     seed: Tensor | None,
     channel_dim: int,
     plain: bool,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
     """The chain of a norm over samples or positions, or of dropout of channels."""
-    eager = not plain and not is_compiling(x)
+    ways: Any = {"plain": plain, "eager": not plain and not is_compiling(x)}
     given = (channel_dim, norm, *linear)
     if not spec.gated:
-        return channel(spec, x, *given, residual, mask, seed, plain=plain, eager=eager)
-    h = channel(Spec(spec.norm, spec.eps), x, *given, mask=mask, plain=plain, eager=eager)
+        return channel(spec, x, *given, residual, mask, seed, **ways, shortcut=shortcut)
+    h = channel(Spec(spec.norm, spec.eps), x, *given, mask=mask, **ways)
     spec = spec.without_norm
     if not (spec.channel_dropout and spec.threshold):
         return gate(spec, h, channel_dim, residual, seed)

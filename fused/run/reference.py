@@ -1,6 +1,7 @@
 """The chain in plain torch: oracle of the tests, baseline of the benchmarks, last-resort backend.
 
-    y = residual + dropout(activation(norm(z + bias)))        over (rows, cols), norm along a row
+    y = residual + dropout(activation(norm(z + bias) + shortcut))   over (rows, cols), norm along
+                                                                    a row
 
 and, with norms over samples or positions, over three dimensions in memory order (`channel`).
 
@@ -71,6 +72,7 @@ def row(
     norm_bias: Tensor | None = None,
     residual: Tensor | None = None,
     seed: Tensor | None = None,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
     """The epilogue of the row norms.
 
@@ -79,12 +81,14 @@ def row(
         bias, norm_weight, norm_bias: (cols,) or None.
         residual: of the result's shape or None, added last.
         seed: int64 (1,), needed when `spec.threshold` is not 0.
+        shortcut: of z's shape or None, added in front of the activation.
 
     Returns:
         (rows, cols), behind a gated activation (rows, cols / 2), in the dtype that eager gives.
     """
     h = z if bias is None else z + bias
     h = normalize(h, spec, norm_weight, norm_bias)
+    h = h if shortcut is None else h + shortcut
     y = activate(h, spec.activation, spec.alpha, spec.beta)
     if spec.threshold:
         assert seed is not None
@@ -143,6 +147,7 @@ def channel(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     seed: Tensor | None = None,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
     """The epilogue of the norms over samples or positions, or of no norm.
 
@@ -154,6 +159,7 @@ def channel(
         mask: (samples, positions), bool, or None; channels last only. False positions take no part
             and come out as zero.
         seed: int64 (1,), needed when `spec.threshold` is not 0.
+        shortcut: of z's shape or None, added in front of the activation.
 
     Returns:
         of z's shape, in the dtype that eager gives.
@@ -172,6 +178,8 @@ def channel(
         h = torch.group_norm(x, spec.groups, norm_weight, norm_bias, spec.eps)
     elif spec.norm == "instance":
         h = torch.instance_norm(x, norm_weight, norm_bias, None, None, True, 0.0, spec.eps, False)
+    if shortcut is not None:
+        h = h + (shortcut.transpose(1, 2) if spec.channels_last else shortcut)
     y = activate(h, spec.activation, spec.alpha, spec.beta)
     y = y.transpose(1, 2) if spec.channels_last else y
     if spec.threshold:

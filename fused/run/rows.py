@@ -30,9 +30,9 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return False
 
 
-def apart(residual: Tensor | None, x: Tensor) -> Tensor | None:
-    """The residual; a view where it is x itself, for the compiler refuses one tensor twice."""
-    return x.view_as(x) if residual is x else residual
+def apart(added: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """What is added; a view where it is x itself, for the compiler refuses one tensor twice."""
+    return x.view_as(x) if added is x and x is not None else added
 
 
 def row(
@@ -45,8 +45,9 @@ def row(
     residual: Tensor | None = None,
     seed: Tensor | None = None,
     plain: bool = False,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
-    """residual + dropout(activation(norm(z))) along the last dimension, of any rank.
+    """residual + dropout(activation(norm(z) + shortcut)) along the last dimension, of any rank.
 
     Args:
         x: z, or with weight and bias z = x · weightᵀ + bias.
@@ -58,18 +59,25 @@ def row(
         rows = math.prod(shape[:-1])  # not -1, which is ambiguous where there are no features
         x = x.reshape(rows, shape[-1])
         residual = None if residual is None else residual.reshape(rows, residual.shape[-1])
+        shortcut = None if shortcut is None else shortcut.reshape(rows, shortcut.shape[-1])
     if seed is None and spec.threshold:
         seed = draw_seed(x.device)
     rest = (norm_weight, norm_bias, residual, seed)
-    gradient = not plain and needs_gradient(x, weight, bias, norm_weight, norm_bias, residual)
+    added = residual, shortcut
+    gradient = not plain and needs_gradient(x, weight, bias, norm_weight, norm_bias, *added)
     width = shape[-1] if weight is None else weight.shape[0]
     if plain:
         z = x if weight is None else F.linear(x, weight, bias)
-        y = reference.row(z, spec, None, *rest)
-    elif gemm.enabled and weight is not None and _is_one_operator(spec, x, weight, gradient):
+        y = reference.row(z, spec, None, *rest, shortcut)
+    elif (
+        gemm.enabled
+        and weight is not None
+        and shortcut is None
+        and _is_one_operator(spec, x, weight, gradient)
+    ):
         rest = (norm_weight, norm_bias, apart(residual, x), seed)
         if gradient:
-            y = RowFunction.apply(x, weight, bias, *rest, spec)
+            y = RowFunction.apply(x, weight, bias, *rest[:2], None, *rest[2:], spec)
         else:
             y = ops.linear_row_forward(x, weight, bias, *rest, False, *spec.row)[0]
     elif (
@@ -78,7 +86,7 @@ def row(
         and by_torch.serves_row(spec, x.shape[0] * width, x, gradient, weight is not None)
     ):
         z = x if weight is None else F.linear(x, weight, bias)
-        y = by_torch.row(z, norm_weight, norm_bias, residual, spec)
+        y = by_torch.row(z, norm_weight, norm_bias, residual, spec, shortcut)
     else:
         if weight is None:
             z = contiguous_rows(x)
@@ -89,14 +97,16 @@ def row(
             z, bias = F.linear(x, weight, bias), None
         if residual is not None:
             residual = contiguous_rows(z.view_as(z) if residual is z else residual)
+        if shortcut is not None:
+            shortcut = apart(apart(shortcut, z), residual).contiguous()  # type: ignore[union-attr]
         rest = (norm_weight, norm_bias, residual, seed)
         if gradient:
-            y = RowFunction.apply(z, None, bias, *rest, spec)
+            y = RowFunction.apply(z, None, bias, *rest[:2], shortcut, *rest[2:], spec)
         elif weight is None or spec.activation in GATED_ACTIVATIONS or is_compiling(x):
-            y = ops.row_forward(z, None, *rest, *spec.row)[0]
+            y = ops.row_forward(z, None, *rest, *spec.row, shortcut)[0]
         else:
             y = z
-            ops.row_forward_(y, None, *rest, *spec.row)
+            ops.row_forward_(y, None, *rest, *spec.row, shortcut)
     return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[-1])
 
 
