@@ -43,7 +43,7 @@ __all__ = [
 class LinearNormAct(Block):
     """Linear, norm, activation and dropout as one operation.
 
-        y = residual + dropout(activation(norm(x · weightᵀ + bias)))
+        y = residual + dropout(activation(norm(x · weightᵀ + bias) + shortcut))
 
     Its children are named linear, norm, act and dropout; they are torch's own, or subclasses with
     the same parameters where torch has none for features in the last dimension.
@@ -70,7 +70,7 @@ class LinearNormAct(Block):
         **activation_parameters: negative_slope, alpha, beta, threshold, as torch names them.
 
     Shape:
-        x (..., K), residual (..., N), mask (...) → (..., N).
+        x (..., K), residual and shortcut (..., N), mask (...) → (..., N).
 
     Raises:
         ValueError: unknown norm or activation, dropout outside [0, 1], an option of another norm.
@@ -125,7 +125,7 @@ class LinearNormAct(Block):
 class NormAct(Block):
     """Norm, activation and dropout as one operation, after any layer.
 
-        y = residual + dropout(activation(norm(x)))
+        y = residual + dropout(activation(norm(x) + shortcut))
 
     Its children are named norm, act and dropout, as in `LinearNormAct`.
 
@@ -140,9 +140,9 @@ class NormAct(Block):
 
     Shape:
         x (..., num_features) for layer and rms norm, else (N, num_features, ...) or, with
-        channel_dim -1, (N, ..., num_features); residual of the result's shape; mask of x's shape
-        without its last dimension, if channels are last → x's shape, behind a gated activation
-        with half the features.
+        channel_dim -1, (N, ..., num_features); residual of the result's shape; shortcut of x's;
+        mask of x's shape without its last dimension, if channels are last → x's shape, behind a
+        gated activation with half the features.
 
     Raises:
         ValueError, TypeError: as `LinearNormAct`.

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache, partial
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -119,8 +119,7 @@ NORMS: dict[str, tuple[type[nn.Module], ...]] = {
 ROW_NORMS, CHANNEL_NORMS = ("layer", "rms"), ("batch", "group", "instance")
 NORM_CODES: dict[str | None, int] = {None: 0} | {name: i for i, name in enumerate(NORMS, start=1)}
 NORM_NAMES: dict[int, str | None] = {code: name for name, code in NORM_CODES.items()}
-# How many statistics of a row are kept for backward.
-STATISTICS: dict[str | None, int] = {None: 0, "layer": 2, "rms": 1}
+STATISTICS: dict[str | None, int] = {None: 0, "layer": 2, "rms": 1}  # of a row, for backward
 # Which sums over the rows a backward operator makes: `wanted` is a sum of these.
 WANT_NORM_WEIGHT, WANT_NORM_BIAS, WANT_BIAS = 1, 2, 4
 
@@ -136,8 +135,7 @@ def norms() -> list[str]:
 
 
 PARAMETER_NAMES = frozenset(key for a in ACTIVATIONS.values() for key, _ in a.parameters)
-# As torch's classes are spelled, LeakyReLU for one.
-_SPELLINGS = {name.replace("_", ""): name for name in activations()}
+_SPELLINGS = {name.replace("_", ""): name for name in activations()}  # torch's: LeakyReLU
 
 
 def activation_name(given: str | None) -> str | None:
@@ -166,8 +164,7 @@ def norm_name(given: str | None) -> str | None:
     return name
 
 
-# A dropout decision compares a 16-bit random number with this many thresholds.
-DROPOUT_LEVELS = 1 << 16
+DROPOUT_LEVELS = 1 << 16  # thresholds that a 16-bit random number is compared with
 
 
 def dropout_threshold(p: float) -> int:
@@ -190,8 +187,7 @@ class Spec(NamedTuple):
         alpha, beta: the activation's parameters, in the order of `Activation.parameters`.
         threshold: dropout's (0: no dropout, 65536: everything is dropped).
         channel_dropout: whole channels of a sample are dropped.
-        groups: the number of statistics of a sample, that is of channels for batch and instance
-            norm.
+        groups: the statistics of a sample; for batch and instance norm as many as channels.
         channels_last: z is (samples, positions, channels), else (samples, channels, positions).
     """
 
@@ -218,8 +214,7 @@ class Spec(NamedTuple):
     @property
     def norm_alone(self) -> Spec:
         """What is in front of a shortcut."""
-        plain: Any = {"activation": None, "alpha": 0.0, "beta": 0.0}
-        return self._replace(threshold=0, channel_dropout=False, **plain)
+        return Spec(self.norm, self.eps, groups=self.groups, channels_last=self.channels_last)
 
     @property
     def row(self) -> tuple[int, float, int, float, float, int]:

@@ -157,8 +157,8 @@ def _over(
         else:
             y = ops.channel_apply(z, *constants)
     else:
-        given = (*parameters, residual, mask, seed, *spec.channel, shortcut)
-        y, *found = ops.channel_forward(z, *given)
+        own = (*parameters, residual, mask, seed, *spec.channel, shortcut)
+        y, *found = ops.channel_forward(z, *own)
     if learns:
         positions = layout.view[1 if layout.channels_last else 2]
         update_running(norm, positions * (layout.view[0] if spec.norm == "batch" else 1), *found)
@@ -288,7 +288,7 @@ def _virtual_batches(
             state = replace(whole, batches=norm.batches * parts + i)
         drawn = None if seed is None else seed + i
         given = (state, None, None, residuals[i], masks[i], drawn)
-        own = {"plain": plain, "shortcut": shortcuts[i]}
+        own: Any = {"plain": plain, "shortcut": shortcuts[i]}
         outputs.append(channel(spec, piece, channel_dim, *given, **own))
     return torch.cat(outputs)
 

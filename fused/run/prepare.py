@@ -83,11 +83,11 @@ def run(  # noqa: PLR0913  the chain's tensors, and where its dimensions are
         norm = ChannelNorm()  # there is only dropout of channels
     linear, affine, plain = (weight, bias), (norm_weight, norm_bias), composite(x)
     if norm is None:
-        given = (residual, seed, channel_dim, plain, normalized_dims, shortcut)
-        y = _along_rows(spec, x, linear, affine, *given)
+        of_rows = (residual, seed, channel_dim, plain, normalized_dims, shortcut)
+        y = _along_rows(spec, x, linear, affine, *of_rows)
     else:
-        given = (residual, mask, seed, channel_dim, plain, shortcut)
-        y = _over_channels(spec, x, linear, norm, *given)
+        of_channels = (residual, mask, seed, channel_dim, plain, shortcut)
+        y = _over_channels(spec, x, linear, norm, *of_channels)
         count_batch(norm)
     if added is not None:
         y = added + y
