@@ -81,6 +81,12 @@ def test_row_norms(log: Log) -> None:
     assert log.fused == ["layer → shortcut → silu", "rms → shortcut → gelu"]
 
 
+def test_an_activation_in_front_of_the_norm_ends_a_chain(log: Log) -> None:
+    linear, norm = nn.Linear(N, N).double(), nn.LayerNorm(N).double()
+    equal_to_eager(lambda x: F.dropout(norm(F.gelu(linear(x))), 1.0), rows())
+    assert log.fused == ["linear → gelu", "layer → dropout"]
+
+
 def _sum_read_twice(m: Any, x: Tensor, added: Tensor) -> Any:
     total = m.norm(x) + added
     return F.relu(total), total * 2
