@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv/bin/pytest -n $(or $(
 SANITIZE_TESTS ?= tests/test_row.py tests/test_row_memory.py tests/test_gated.py \
   tests/test_gated_memory.py tests/test_channel.py tests/test_channel_memory.py \
   tests/test_channel_values.py tests/test_dropout.py tests/test_memory.py \
-  tests/test_add_norm.py tests/test_gate.py
+  tests/test_add_norm.py tests/test_gate.py tests/test_shortcut.py
 BIN := .venv/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 FORMATTED := $(CSRC) $(wildcard tests/cuda/emulation/*.h)
