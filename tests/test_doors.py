@@ -24,6 +24,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils.checkpoint import checkpoint
 
 import fused
+from fused.graph import policy
 
 N = 16
 
@@ -34,9 +35,10 @@ def full(*values: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _fresh(one_thread: None) -> Iterator[None]:
-    """Everything is compiled here and now."""
+    """Everything is compiled here and now, and no chain is too small for it."""
     torch._dynamo.reset()
     with (
+        mock.patch.object(policy, "_LARGE", 0),
         inductor_config.patch(fx_graph_cache=False, compile_threads=1),
         torch._functorch.config.patch(enable_autograd_cache=False),
     ):
@@ -407,7 +409,9 @@ def test_caches_know_the_pass(
 
 PROCESS = """
 import fused, json, torch
+from fused.graph import policy
 from torch import nn
+policy._LARGE = 0
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU()).double()

@@ -93,10 +93,11 @@ def test_shares_and_what_is_printed() -> None:
     assert "2 × norm layer" in text and "test_explain.py:" in text
     assert f'{found.share("fused"):.0%} by torch.compile(backend="fused")' in text
     # Passes over one tensor; fuse_ has three GELUs and three dropouts, the pass also the others but
-    # the first LayerNorm and the gate with its SiLU.
+    # the first LayerNorm. Inductor keeps what drops nothing.
     passes = 3 * (2 + 2 + 2 + 2 + 3) + 2 + 2 + 2 + 3
     assert found.share("fuse_") == pytest.approx(12 / passes)
-    assert found.share("fused") == pytest.approx((passes - 2 - 2 - 3) / passes)
+    assert found.share("fused_eager") == pytest.approx((passes - 2) / passes)
+    assert 12 / passes < found.share("fused") < (passes - 2) / passes
 
 
 def test_evaluation() -> None:
