@@ -9,7 +9,14 @@ import triton.language as tl
 
 from ..parts.norm import centre, load_statistics, row_gradient, row_gradient_means
 from ..parts.output import Drop, drop, output_gradient
-from ..parts.tile import Place, add_place, load_columns, load_place, row_offset
+from ..parts.tile import (
+    Place,
+    add_place,
+    load_columns,
+    load_place,
+    row_offset,
+    store_place,
+)
 from .sums import BACKWARD_INTEGERS
 
 
@@ -115,13 +122,13 @@ def _row_bwd_kernel(
                 h *= norm_weight
             if norm_bias_ptr is not None:
                 h += norm_bias
-        out_offset = row_offset(row, cols, ALIGN) + column[None, :]
-        h = add_place(h, Place(shortcut_ptr, out_offset, None, mask))
+        offset = row_offset(row, cols, ALIGN)
+        h = add_place(h, Place(shortcut_ptr, offset, column[None, :], mask))
         part = Drop(seed, row, col0, cols, threshold)
         if dropped_ptr is None:
             g = output_gradient(g, h, None, part, scalars, FORM)
         if dshortcut_ptr is not None:
-            tl.store(dshortcut_ptr + out_offset, g, mask=mask)
+            store_place(Place(dshortcut_ptr, offset, column[None, :], mask), g)
         if WANTED.norm_bias:
             dnorm_bias += g
         if NORM is not None:
@@ -135,6 +142,7 @@ def _row_bwd_kernel(
             else:
                 mean_g, mean_gx = row_gradient_means(g, xhat, cols, NORM)
             g = row_gradient(g, xhat, rstd, mean_g, mean_gx, NORM)
+        out_offset = row_offset(row, cols, ALIGN) + column[None, :]
         if total_ptr is not None:
             g += tl.load(total_ptr + out_offset, mask=mask, other=0.0).to(tl.float32)
         if dropped_ptr is None:
