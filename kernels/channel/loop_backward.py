@@ -113,7 +113,8 @@ def _channel_loop_bwd_kernel(
             if dshortcut_ptr is None:
                 d, g, offset, mask, inside = load_gradient(
                     *(incoming, z_ptr, mask_ptr, mean, scale, bias),
-                    *(seed, at, scalars, threshold, FORM, RUN),
+                    seed,
+                    *(at, scalars, threshold, FORM, RUN),
                 )
             else:
                 d, _row, offset, mask, inside, _count = load_tile(z_ptr, mask_ptr, at, FORM, RUN)
