@@ -60,7 +60,12 @@ SMALL_SCENES = {
     "instance, planar": Scene("instance", False, 2, 16, 72),
     "no norm, planar": Scene(None, False, 2, 16, 72),
 }
-_EVERY_SCENE = SCENES | SMALL_SCENES
+# Behind a shortcut a loop holds half as much in backward (shortcut_family.py).
+HALF_SCENES = {
+    "group loop half last": Scene("group", True, 512, 256, 512, 8),
+    "group looped by half, channels last": Scene("group", True, 1, 32, 1024, 1),
+}
+_EVERY_SCENE = SCENES | SMALL_SCENES | HALF_SCENES
 # The device functions of activations are those of the row kernels, which meet all of them; these
 # are the cheapest and the dearest in registers.
 _COMMON = {
@@ -117,6 +122,9 @@ class _Call:
     def z(self) -> Tensor:
         return self.make(self.shape, DTYPES[self.case["dtype"]])
 
+    def shortcut(self) -> Tensor | None:
+        return self.z() if self.case.get("shortcut") else None
+
     def statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """mean, variance, count."""
         if self.scene.norm is None:
@@ -129,7 +137,7 @@ class _Call:
 def _forward(case: Case, make: Make) -> object:
     call = _Call(case, make)
     residual = call.z() if case["residual"] else None
-    rest = (*call.parameters, residual, call.mask, call.seed, *call.codes)
+    rest = (*call.parameters, residual, call.mask, call.seed, *call.codes, call.shortcut())
     if call.scene.norm is None or case["given"] == "statistics":
         return channel_apply(call.z(), *call.statistics()[:2], *rest)
     return channel_forward(call.z(), *rest)
@@ -142,7 +150,8 @@ def _backward(case: Case, make: Make) -> object:
         wanted = WANT_NORM_WEIGHT | WANT_NORM_BIAS
         wanted |= 0 if call.scene.norm == "group" else WANT_BIAS
     constant = case["given"] == "statistics"
-    rest = (*call.parameters, call.mask, call.seed, wanted, constant, *call.codes)
+    codes = (*call.codes, call.shortcut())
+    rest = (*call.parameters, call.mask, call.seed, wanted, constant, *codes)
     return channel_backward(call.z(), call.z(), *call.statistics(), *rest)
 
 

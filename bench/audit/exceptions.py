@@ -41,6 +41,9 @@ READINGS: dict[tuple[str, str], Allowed] = {
     ),
     ("_channel_loop_bwd_kernel", "z_ptr"): Allowed(2.0, _WALKS_TWICE),
     ("_channel_loop_bwd_kernel", "dy_ptr"): Allowed(2.0, _WALKS_TWICE),
+    ("_channel_loop_bwd_kernel", "dshortcut_ptr"): Allowed(
+        2.0, "the first walk writes it, and the second finds it in L2, in place of dy"
+    ),
     ("_gemm_row_kernel", "z_ptr"): Allowed(2.02, _READ_BACK),
     ("_gemm_group_kernel", "z_ptr"): Allowed(2.13, _READ_BACK),
 }
@@ -51,16 +54,25 @@ _STATISTICS_FIRST = (
     " program: one kernel for the sums, one for the result"
 )
 _FORWARD, _BACKWARD = Allowed(4 / 3, _STATISTICS_FIRST), Allowed(5 / 3, _STATISTICS_FIRST)
+# The shortcut and its gradient are two more tensors, and the second kernel needs neither dy nor it.
+_BACKWARD_MORE = Allowed(7 / 5, _STATISTICS_FIRST)
 _MEANS_FIRST = "a row and its column sums do not fit into registers: one kernel for the row's means"
 CALLS: dict[str, Allowed] = {
     "row backward: wide": Allowed(5 / 3, _MEANS_FIRST),
     "gated backward: wide": Allowed(8 / 5, _MEANS_FIRST),
+    "row backward with shortcut: wide": Allowed(7 / 5, _MEANS_FIRST),
     "channel forward: batch, planar": _FORWARD,
     "channel forward: batch, channels last": _FORWARD,
     "channel forward: group split, channels last": _FORWARD,
     "channel backward: batch, planar": _BACKWARD,
     "channel backward: batch, channels last": _BACKWARD,
     "channel backward: group split, channels last": _BACKWARD,
+    "channel forward with shortcut: batch, planar": _FORWARD,
+    "channel forward with shortcut: batch, channels last": _FORWARD,
+    "channel forward with shortcut: group split, channels last": _FORWARD,
+    "channel backward with shortcut: batch, planar": _BACKWARD_MORE,
+    "channel backward with shortcut: batch, channels last": _BACKWARD_MORE,
+    "channel backward with shortcut: group split, channels last": _BACKWARD_MORE,
     "linear forward: batch": Allowed(
         3 / 2, f"{_STATISTICS_FIRST}; that of the sums is the product itself"
     ),

@@ -9,6 +9,7 @@ from . import (
     gemm_family,
     pair_family,
     row_family,
+    shortcut_family,
 )
 from .family import Family
 
@@ -24,4 +25,5 @@ FAMILIES: list[Family] = [
     gated_family.BACKWARD,
     pair_family.FORWARD,
     pair_family.BACKWARD,
+    *shortcut_family.FAMILIES,
 ]

@@ -30,6 +30,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import triton.language as tl
 from triton.runtime import interpreter as triton_interpreter
 
+from .launch import names_in
+
 _Builder = triton_interpreter.InterpreterBuilder
 _Handle = triton_interpreter.TensorHandle
 
@@ -174,8 +176,8 @@ def _patch_launch() -> None:
 
         def note(name: str, given: object) -> None:
             if isinstance(given, tuple):
-                for i, entry in enumerate(given):
-                    note(f"{name}[{i}]", entry)
+                for entry_name, entry in zip(names_in(name, given), given, strict=True):
+                    note(entry_name, entry)
             value = getattr(given, "base", given)  # of a tensor descriptor
             if hasattr(value, "data_ptr") and value.numel():
                 _State.launch.sizes[name] = value.numel() * value.element_size()

@@ -7,7 +7,7 @@ they would have launched, so that exactly the configurations of the tuning rules
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -35,9 +35,17 @@ _TILES = (("UNITS", "RUN"), ("BLOCK_M", "BLOCK_N"), ("BLOCK_G", "BLOCK_E"))
 # Tensors of a kernel that are as large as its problem; the sums of programs where there is no
 # other.
 STREAMS = ("dy_ptr", "z_ptr", "residual_ptr", "y_ptr", "dz_ptr")
-STREAMS += ("value_ptr", "gate_ptr", "dvalue_ptr", "dgate_ptr")
+STREAMS += ("value_ptr", "gate_ptr", "dvalue_ptr", "dgate_ptr", "shortcut_ptr", "dshortcut_ptr")
 PARTIAL = "partial_ptr"
-OUTPUTS = ("y_ptr", "dz_ptr", "dvalue_ptr", "dgate_ptr")
+OUTPUTS = ("y_ptr", "dz_ptr", "dvalue_ptr", "dgate_ptr", "dshortcut_ptr")
+# Tensors that kernels take as one argument, by the names that the kernels give them.
+PACKS = {"incoming": ("dy_ptr", "shortcut_ptr", "dshortcut_ptr")}
+
+
+def names_in(pack: str, entries: tuple[Any, ...]) -> Iterable[str]:
+    """The names of the entries of an argument that is a tuple."""
+    own = getattr(entries, "_fields", None) or PACKS.get(pack)
+    return own or [f"{pack}[{i}]" for i in range(len(entries))]
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,7 @@ class Launch:
         found = dict(self.arguments)
         for name, value in self.arguments.items():
             if isinstance(value, tuple):
-                names = getattr(value, "_fields", [f"{name}[{i}]" for i in range(len(value))])
-                found |= dict(zip(names, value, strict=True))
+                found |= dict(zip(names_in(name, value), value, strict=True))
         return found
 
     @property

@@ -61,13 +61,17 @@ def _epilogue(case: Case) -> Spec:
     return make_spec(case["norm"], 1e-5, case["activation"], case["p"])
 
 
+def _shortcut(case: Case, make: Make) -> Tensor | None:
+    return matrix(case, make) if case.get("shortcut") else None
+
+
 def forward(case: Case, make: Make) -> object:
     """Calls the forward on the tensors of a case."""
     z = matrix(case, make, of_z=True)
     parameters = _parameters(case, make, z.shape[1])
     residual = matrix(case, make) if case["residual"] else None
     seed = make((1,), torch.int64)
-    return row_forward(z, *parameters, residual, seed, *_epilogue(case).row)
+    return row_forward(z, *parameters, residual, seed, *_epilogue(case).row, _shortcut(case, make))
 
 
 def backward(case: Case, make: Make) -> object:
@@ -76,7 +80,7 @@ def backward(case: Case, make: Make) -> object:
     parameters = _parameters(case, make, z.shape[1])
     statistics = make((2, z.shape[0]), DTYPES["fp32"])
     seed = make((1,), torch.int64)
-    codes = _epilogue(case).row
+    codes = (*_epilogue(case).row, _shortcut(case, make))
     return row_backward(dy, z, *parameters, statistics, seed, case["wanted"], *codes)
 
 

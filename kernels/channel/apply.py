@@ -1,6 +1,6 @@
 """The epilogue of the channel norms by statistics that are known: one reading, one writing.
 
-    y = residual + dropout(activation((z - mean) rstd weight + bias))
+    y = residual + dropout(activation((z - mean) rstd weight + bias + shortcut))
 
 y may be z itself: a tile is read before it is written, and no program reads another's tiles.
 """
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..parts.output import Drop, write_output
-from ..parts.tile import Place
+from ..parts.tile import Place, add_place
 from ..tuning import rules as tuning
 from .epilogue import drop_rows, load_normalizer
 from .problem import Problem
@@ -26,6 +26,7 @@ def _channel_apply_kernel(
     statistics,
     parameters,
     residual_ptr,
+    shortcut_ptr,
     mask_ptr,
     seed_ptr,
     y_ptr,
@@ -67,6 +68,7 @@ def _channel_apply_kernel(
         h, row, offset, mask, inside, _count = load_tile(z_ptr, mask_ptr, at, FORM, RUN)
         if statistics[0] is not None:
             h = (h - mean) * scale + bias
+        h = add_place(h, Place(shortcut_ptr, offset, None, inside))
         mask_row, col0, cols = drop_rows(row, at, FORM)
         write_output(
             *(h, None, Drop(seed, mask_row, col0, cols, threshold)),
@@ -84,6 +86,7 @@ def apply(
     seed: Tensor | None,
     y: Tensor,
     problem: Problem,
+    shortcut: Tensor | None = None,
 ) -> None:
     """Writes y, which may be z.
 
@@ -101,6 +104,7 @@ def apply(
             statistics,
             parameters,
             residual,
+            shortcut,
             mask,
             seed if problem.threshold else None,
             y,

@@ -1,11 +1,15 @@
 """Backward of the channel norms: which kernels make which gradients.
 
+A shortcut's gradient is that of what the norm gives, g: the first kernel that finds g writes it,
+and a second one, where there is one, reads it in place of dy, with nothing behind the norm.
+
 Sums over programs are finished in a second stage and a fixed order: no atomics, the bits repeat.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +36,15 @@ def _total_sums(partial: Tensor, wanted: Sequence[Tensor | None]) -> None:
             sum_columns(partial.flatten(1, -2), outputs)
 
 
+def _with_shortcut(
+    dy: Tensor, shortcut: Tensor | None, problem: Problem
+) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], Tensor]:
+    """dy, the shortcut and where its gradient goes as the kernels take them, and as a result."""
+    empty = shortcut is None or problem.norm is None
+    dshortcut = dy.new_empty((0,) if empty else dy.shape)
+    return (dy, shortcut, dshortcut if dshortcut.numel() else None), dshortcut
+
+
 def _group_backward(
     way: str,
     inputs: tuple[Any, ...],
@@ -51,7 +64,7 @@ def _group_backward(
     if way == "held":
         kernel = _channel_held_bwd_kernel
         programs = channel_tuning.held_programs(problem.samples, blocks, tile, device)
-        options = channel_tuning.held_backward_options(tile, device)
+        options = channel_tuning.register_options(tile, device)
     shape = (2 if with_sums else 0, programs, problem.channels)
     partial = dz.new_empty(shape, dtype=torch.float32)
     with tuning.device_of(dz):
@@ -75,7 +88,9 @@ def _statistics_gradient(
     problem: Problem,
 ) -> None:
     """Gradients through statistics that depend on z; wanted: dnorm_bias and dnorm_weight."""
-    way, tile = problem.group_tile(backward=True, device=tuning.device(dz))
+    _, shortcut, dshortcut = inputs[0]
+    device = tuning.device(dz)
+    way, tile = problem.group_tile(True, device, shortcut is not None)
     if tile is not None:
         asked = any(t is not None for t in wanted)
         partial = _group_backward(way, inputs, count, dz, asked, problem, tile)
@@ -96,6 +111,9 @@ def _statistics_gradient(
         missing = [t for t in wanted if t is not None]
     if missing:
         _total_sums(partial, wanted)
+    if shortcut is not None:
+        inputs = ((dshortcut, None, None), *inputs[1:5], None)
+        problem = replace(problem, activation=None, threshold=0)
     walk_backward(inputs, problem, sums=(sums[0], sums[1]), count=count, dz=dz)
 
 
@@ -120,11 +138,12 @@ def channel_backward(
     beta: float,
     threshold: int,
     channel_dropout: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shortcut: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `channel_forward` or `channel_apply`, given the gradient dy of its result.
 
     Args:
-        dy, z: three dimensions, contiguous; one dtype.
+        dy, z, shortcut: three dimensions, contiguous; one dtype.
         mean, variance: as the forward had them.
         count: the elements behind each statistic, (samples,) or (1,); None: from the shape.
         wanted: sum of the WANT_ constants: the sums to make. WANT_BIAS is for a bias that z
@@ -135,7 +154,8 @@ def channel_backward(
     Returns:
         dz of z's shape and dtype; dnorm_weight and dnorm_bias, (channels,) in the dtypes of their
         parameters, and dbias, (channels,) in z's dtype. Those that are not wanted, or whose
-        parameter does not exist, are float32 and empty, (0,).
+        parameter does not exist, are float32 and empty, (0,). dshortcut as dz, (0,) without a
+        shortcut, and without a norm: it is dz.
 
     Raises:
         ValueError: a bias in front of group norm, whose gradient is not a sum of what is at hand.
@@ -151,6 +171,7 @@ def channel_backward(
     if problem.norm is None:
         norm_weight = norm_bias = mean = variance = None
     dz = z.new_empty(z.shape)
+    incoming, dshortcut = _with_shortcut(dy, shortcut, problem)
     # A sum takes the dtype of its owner; zeros stay where there is nothing to add up, and where the
     # norm takes the bias out again.
     owners = (
@@ -164,7 +185,7 @@ def channel_backward(
         for owner, zero in zip(owners, stays, strict=True)
     )
     seed = seed if threshold else None
-    inputs = (dy, z, (mean, variance), (norm_weight, norm_bias), mask, seed)
+    inputs = (incoming, z, (mean, variance), (norm_weight, norm_bias), mask, seed)
     if z.numel() and constant:
         sums = (dnorm_bias, dnorm_weight, dbias)
         made = Made(dnorm_bias is not None, dnorm_weight is not None, dbias is not None)
@@ -176,7 +197,8 @@ def channel_backward(
     def made_or_empty(gradient: Tensor | None) -> Tensor:
         return z.new_empty((0,), dtype=torch.float32) if gradient is None else gradient
 
-    return dz, made_or_empty(dnorm_weight), made_or_empty(dnorm_bias), made_or_empty(dbias)
+    dnorm_weight, dnorm_bias = made_or_empty(dnorm_weight), made_or_empty(dnorm_bias)
+    return dz, dnorm_weight, dnorm_bias, made_or_empty(dbias), dshortcut
 
 
 def channel_sums(
@@ -197,20 +219,22 @@ def channel_sums(
     beta: float,
     threshold: int,
     channel_dropout: bool,
-) -> Tensor:
-    """The sums of batch norm's backward: float32 (2, channels), of g and of g x̂.
+    shortcut: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sums of batch norm's backward, float32 (2, channels), of g and of g x̂; and dshortcut.
 
-    The arguments are those of `channel_backward`, mean and variance (1, channels).
+    The arguments are those of `channel_backward`, mean and variance (1, channels); dshortcut too.
     """
     scalars = (norm, groups, channels_last, eps, activation, alpha, beta, threshold)
     problem = problem_of(z.shape, z.element_size(), mean, *scalars, channel_dropout)
+    incoming, dshortcut = _with_shortcut(dy, shortcut, problem)
     if z.numel() == 0:
-        return z.new_zeros((2, problem.channels), dtype=torch.float32)
+        return z.new_zeros((2, problem.channels), dtype=torch.float32), dshortcut
     sums = z.new_empty((2, problem.channels), dtype=torch.float32)
     seed = seed if threshold else None
-    inputs = (dy, z, (mean, variance), (norm_weight, norm_bias), mask, seed)
+    inputs: tuple[Any, ...] = (incoming, z, (mean, variance), (norm_weight, norm_bias), mask, seed)
     _total_sums(walk_backward(inputs, problem, made=Made(g=True, gx=True)), [sums[0], sums[1]])
-    return sums
+    return sums, dshortcut
 
 
 def channel_gradient(
@@ -237,12 +261,13 @@ def channel_gradient(
     """dz of batch norm, of z's shape and dtype, by the sums of all processes together.
 
     The arguments are those of `channel_sums`; sums (2, channels) and count (1,) are floating point.
+    Behind a shortcut, dy is dshortcut, and there is no activation and no dropout.
     """
     scalars = (norm, groups, channels_last, eps, activation, alpha, beta, threshold)
     problem = problem_of(z.shape, z.element_size(), mean, *scalars, channel_dropout)
     dz = z.new_empty(z.shape)
     if z.numel():
         seed = seed if threshold else None
-        inputs = (dy, z, (mean, variance), (norm_weight, norm_bias), mask, seed)
+        inputs = ((dy, None, None), z, (mean, variance), (norm_weight, norm_bias), mask, seed)
         walk_backward(inputs, problem, sums=(sums[0], sums[1]), count=count, dz=dz)
     return dz

@@ -1,6 +1,6 @@
 """What the channel kernels do to a tile between the norm's statistics and memory.
 
-    h = d scale + bias,   d = z - mean,   scale = weight rstd
+    h = d scale + bias + shortcut,   d = z - mean,   scale = weight rstd
     y = residual + dropout(activation(h))
 
 The difference comes first: folded into one addend, mean · scale would cancel where the mean is far
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..parts.output import Drop, output_gradient
-from ..parts.tile import Place, load_place
+from ..parts.tile import Place, add_place, load_place
 from .tile import by_channel, load_channels, load_tile
 
 
@@ -59,7 +59,7 @@ def drop_rows(row, at, FORM: tl.constexpr):
 
 @triton.jit
 def load_gradient(
-    dy_ptr,
+    incoming,
     z_ptr,
     mask_ptr,
     mean,
@@ -72,22 +72,27 @@ def load_gradient(
     FORM: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """The gradient of a tile of h = d scale + bias from that of y; `at` is an `At`.
+    """The gradient of a tile of h = d scale + bias + shortcut from that of y; `at` is an `At`.
 
-    mean, scale, bias: as they lie in a tile; None without a norm, where h = d = z.
+    incoming: dy; the shortcut, and where its gradient goes, which is that of h; or None.
+    mean, scale, bias: as they lie in a tile; None without a norm, where d = z and h = z + shortcut.
 
     Returns:
         d and g [M, N], float32, where g is 0 outside; offset, mask and inside as `load_tile`.
     """
+    dy_ptr, shortcut_ptr, dshortcut_ptr = incoming
     d, row, offset, mask, inside, _count = load_tile(z_ptr, mask_ptr, at, FORM, RUN)
     h = d
     if mean is not None:
         d -= mean
         h = d * scale + bias
+    h = add_place(h, Place(shortcut_ptr, offset, None, inside))
     g = load_place(Place(dy_ptr, offset, None, inside))
     mask_row, col0, cols = drop_rows(row, at, FORM)
     part = Drop(seed, mask_row, col0, cols, threshold)
     g = output_gradient(g, h, None, part, scalars, FORM)
     if FORM.MASKED:
         g = tl.where(inside, g, 0.0)
+    if dshortcut_ptr is not None:
+        tl.store(dshortcut_ptr + offset, g, mask=mask)
     return d, g, offset, mask, inside

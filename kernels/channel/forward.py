@@ -1,6 +1,6 @@
 """Channel norms (batch, group, instance) and channel dropout: the forward launchers.
 
-    y = residual + dropout(activation(norm(z)))
+    y = residual + dropout(activation(norm(z) + shortcut))
 
 z is contiguous and seen in memory order: (samples, channels, positions), or with channels_last
 (samples, positions, channels). The backward launchers are those of backward.py.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
+from ..tuning import channel as channel_tuning
 from ..tuning import rules as tuning
 from .apply import apply
 from .held import _channel_held_fwd_kernel
@@ -60,11 +61,12 @@ def channel_forward(
     beta: float,
     threshold: int,
     channel_dropout: bool,
+    shortcut: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y = residual + dropout(activation(norm(z))), by the statistics of z itself.
+    """y = residual + dropout(activation(norm(z) + shortcut)), by the statistics of z itself.
 
     Args:
-        z, residual: three dimensions, contiguous; one dtype.
+        z, residual, shortcut: three dimensions, contiguous; one dtype.
         norm_weight, norm_bias: (channels,), contiguous, any floating dtype, or None.
         mask: (samples, positions), bool, with channels_last alone; or None. Where it is false y is
             0, and the position takes no part in the statistics.
@@ -83,20 +85,23 @@ def channel_forward(
     way, tile = problem.group_tile(backward=False, device=tuning.device(z))
     if tile is None:
         mean, variance, count = split_statistics(z, mask, problem)
-        apply(z, (mean, variance), parameters, residual, mask, seed, y, problem)
+        apply(z, (mean, variance), parameters, residual, mask, seed, y, problem, shortcut)
         return y, mean, variance, count
     statistics = empty_statistics(z, mask, problem)
     mean, variance, count = statistics
-    device = tuning.device(z)
+    device, options = tuning.device(z), {}
+    if way == "loop" and shortcut is not None:
+        options = channel_tuning.register_options(tile, device)
     with tuning.device_of(z):
         FORWARD[way][(problem.samples * triton.cdiv(problem.groups, tile.groups),)](
-            *(z, parameters, residual, mask, seed if threshold else None, y),
+            *(z, parameters, residual, shortcut, mask, seed if threshold else None, y),
             (mean, variance, count if count.numel() else None),
             *(problem.channels, problem.positions, problem.groups),
             *(problem.scalars, threshold),
             FORM=problem.form(device, mask),
             TILE=problem.tile_form(tile),
             num_warps=tile.num_warps,
+            **options,
         )
     return y, mean, variance, count
 
@@ -119,10 +124,11 @@ def channel_apply(
     beta: float,
     threshold: int,
     channel_dropout: bool,
+    shortcut: Tensor | None = None,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """y = residual + dropout(activation(norm(z))), by given statistics.
+    """y = residual + dropout(activation(norm(z) + shortcut)), by given statistics.
 
     Args:
         mean, variance: (samples, groups) or (1, channels), contiguous, any floating dtype; both
@@ -140,5 +146,6 @@ def channel_apply(
     problem = problem_of(z.shape, z.element_size(), mean, *scalars, channel_dropout)
     if norm == 0:
         mean = variance = norm_weight = norm_bias = None
-    apply(z, (mean, variance), (norm_weight, norm_bias), residual, mask, seed, y, problem)
+    parameters = (norm_weight, norm_bias)
+    apply(z, (mean, variance), parameters, residual, mask, seed, y, problem, shortcut)
     return y

@@ -77,7 +77,7 @@ def slope_and_offset(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _channel_bwd_kernel(
-    dy_ptr,
+    incoming,
     z_ptr,
     statistics,
     parameters,
@@ -100,6 +100,7 @@ def _channel_bwd_kernel(
 ):
     """One chunk of `steps` tiles of a segment of `samples` samples.
 
+    incoming: as of `load_gradient`.
     partial_ptr is [sums made, segments, chunks, channels]: of g, of g x̂, of g weight rstd. dz_ptr
     is None where only they are wanted; sum_g_ptr, sum_gx_ptr are None where dz does not need them.
     """
@@ -137,7 +138,7 @@ def _channel_bwd_kernel(
         sample = segment * samples + tl.cast(tile, tl.int32) // blocks
         position0 = tl.cast(tile, tl.int32) % blocks * RUN
         d, g, offset, mask, inside = load_gradient(
-            dy_ptr,
+            incoming,
             z_ptr,
             mask_ptr,
             mean,
@@ -188,10 +189,10 @@ def walk_backward(
     count: Tensor | None = None,
     dz: Tensor | None = None,
 ) -> Tensor:
-    """One walk over dy and z.
+    """One walk over dy and z, and over a shortcut and its gradient.
 
     Args:
-        inputs: dy, z, (mean, variance), (norm_weight, norm_bias), mask, seed.
+        inputs: (dy, shortcut, dshortcut), z, (mean, variance), (weight, bias), mask, seed.
         made: whether to sum g, g x̂ and g weight rstd over a segment (problem.walk).
         sums: float32, of g and g x̂ for each statistic, or where channels share one of g weight and
             g weight x̂. With them, and count (None: from the shape), dz is that of statistics of z.

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..parts.output import Drop, write_output
-from ..parts.tile import Place
+from ..parts.tile import Place, add_place
 from .epilogue import drop_rows, load_affine
 from .tile import (
     INTEGERS,
@@ -52,6 +52,7 @@ def _channel_held_fwd_kernel(
     z_ptr,
     parameters,
     residual_ptr,
+    shortcut_ptr,
     mask_ptr,
     seed_ptr,
     y_ptr,
@@ -96,9 +97,10 @@ def _channel_held_fwd_kernel(
     weight, bias = load_affine(parameters, channel, channel_mask, LAST)
     rstd = to_channels(tl.rsqrt(variance + tl.cast(scalars[0], tl.float32)), UNITS, LAST)
     seed = tl.load(seed_ptr) if seed_ptr is not None else None
+    h = add_place(x * (weight * rstd) + bias, Place(shortcut_ptr, offset, None, inside))
     mask_row, col0, cols = drop_rows(row, at, FORM)
     write_output(
-        *(x * (weight * rstd) + bias, None, Drop(seed, mask_row, col0, cols, threshold)),
+        *(h, None, Drop(seed, mask_row, col0, cols, threshold)),
         *(Place(residual_ptr, offset, None, inside), Place(y_ptr, offset, None, mask)),
         *(scalars, FORM),
     )

@@ -18,7 +18,7 @@ from .tile import (
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _channel_held_bwd_kernel(
-    dy_ptr,
+    incoming,
     z_ptr,
     statistics,
     parameters,
@@ -62,7 +62,7 @@ def _channel_held_bwd_kernel(
         variance = load_channels(statistics[1], statistic, channel_mask, LAST)
         rstd = tl.rsqrt(variance + tl.cast(scalars[0], tl.float32))
         d, g, offset, mask, inside = load_gradient(
-            *(dy_ptr, z_ptr, mask_ptr, mean, weight * rstd, bias),
+            *(incoming, z_ptr, mask_ptr, mean, weight * rstd, bias),
             seed,
             At(sample, channel, channel_mask, group0 * WIDTH, 0, channels, positions),
             *(scalars, threshold, FORM, RUN),

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..parts.output import Drop, write_output
-from ..parts.tile import Place
+from ..parts.tile import Place, add_place
 from .epilogue import drop_rows, load_affine
 from .tile import (
     INTEGERS,
@@ -51,6 +51,7 @@ def _channel_loop_fwd_kernel(
     z_ptr,
     parameters,
     residual_ptr,
+    shortcut_ptr,
     mask_ptr,
     seed_ptr,
     y_ptr,
@@ -134,10 +135,11 @@ def _channel_loop_fwd_kernel(
             channel0 = group0 * WIDTH + unit0
             at = At(sample, channel, channel_mask, channel0, position0, channels, positions)
             x, row, offset, mask, inside, _count = load_tile(z_ptr, mask_ptr, at, FORM, RUN)
+            h = (x - centre - mean) * scale + bias
+            h = add_place(h, Place(shortcut_ptr, offset, None, inside))
             mask_row, col0, cols = drop_rows(row, at, FORM)
             write_output(
-                (x - centre - mean) * scale + bias,
-                *(None, Drop(seed, mask_row, col0, cols, threshold)),
+                *(h, None, Drop(seed, mask_row, col0, cols, threshold)),
                 *(Place(residual_ptr, offset, None, inside), Place(y_ptr, offset, None, mask)),
                 *(scalars, FORM),
             )

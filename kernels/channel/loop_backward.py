@@ -1,8 +1,12 @@
-"""Backward of loop.py: sums of a group, then dz, which finds dy and z in L2."""
+"""Backward of loop.py: sums of a group, then dz, which finds dy and z in L2.
+
+The gradient of a shortcut is that of h, which the first walk writes and the second reads again.
+"""
 
 import triton
 import triton.language as tl
 
+from ..parts.tile import Place, load_place
 from .epilogue import load_affine, load_gradient
 from .loop import channels_of_block
 from .tile import (
@@ -10,6 +14,7 @@ from .tile import (
     At,
     by_channel,
     load_channels,
+    load_tile,
     over_channels,
     over_positions,
     to_channels,
@@ -18,7 +23,7 @@ from .tile import (
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _channel_loop_bwd_kernel(
-    dy_ptr,
+    incoming,
     z_ptr,
     statistics,
     parameters,
@@ -73,7 +78,7 @@ def _channel_loop_bwd_kernel(
         total_gd = tl.zeros((M, N), tl.float32)
         for position0 in tl.range(0, positions, RUN, num_stages=TILE.STAGES):
             d, g, _offset, _mask, _inside = load_gradient(
-                *(dy_ptr, z_ptr, mask_ptr, mean, scale, bias),
+                *(incoming, z_ptr, mask_ptr, mean, scale, bias),
                 seed,
                 At(sample, channel, channel_mask, channel0, position0, channels, positions),
                 *(scalars, threshold, FORM, RUN),
@@ -90,6 +95,10 @@ def _channel_loop_bwd_kernel(
             plane = tl.cast(samples, tl.int64) * channels
             tl.store(partial_ptr + plane + offset, sum_gx, mask=by_channel(channel_mask, LAST))
 
+    dshortcut_ptr = incoming[2]
+    if dshortcut_ptr is not None:
+        # All of the program's threads now see it in memory.
+        tl.debug_barrier()
     slope = -to_channels(mean_gx, UNITS, LAST) * rstd * rstd
     shift = -to_channels(mean_g, UNITS, LAST) * rstd
     for unit0 in tl.range(0, GROUPS * WIDTH, UNITS):
@@ -100,12 +109,17 @@ def _channel_loop_bwd_kernel(
         weight, bias = load_affine(parameters, channel, channel_mask, LAST)
         scale = weight * rstd
         for position0 in tl.range(0, positions, RUN, num_stages=TILE.STAGES):
-            d, g, offset, mask, inside = load_gradient(
-                *(dy_ptr, z_ptr, mask_ptr, mean, scale, bias),
-                seed,
-                At(sample, channel, channel_mask, channel0, position0, channels, positions),
-                *(scalars, threshold, FORM, RUN),
-            )
+            at = At(sample, channel, channel_mask, channel0, position0, channels, positions)
+            if dshortcut_ptr is None:
+                d, g, offset, mask, inside = load_gradient(
+                    *(incoming, z_ptr, mask_ptr, mean, scale, bias),
+                    seed,
+                    *(at, scalars, threshold, FORM, RUN),
+                )
+            else:
+                d, _row, offset, mask, inside, _count = load_tile(z_ptr, mask_ptr, at, FORM, RUN)
+                d -= mean
+                g = load_place(Place(dshortcut_ptr, offset, None, inside))
             dz = g * scale + (d * slope + shift)
             if mask_ptr is not None:
                 dz = tl.where(inside, dz, 0.0)

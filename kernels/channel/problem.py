@@ -114,13 +114,14 @@ class Problem:
         return Walk(1, self.samples, channels, positions, last, positions, align)
 
     def group_tile(
-        self, backward: bool, device: tuning.Device
+        self, backward: bool, device: tuning.Device, shortcut: bool = False
     ) -> tuple[str, channel_tuning.GroupTile | None]:
         """`channel_tuning.group_tile`; shared statistics are always split."""
         if self.shared:
             return "split", None
         shape = (self.samples, self.channels, self.positions, self.groups)
-        return channel_tuning.group_tile(shape, self.last, self.itemsize, backward, device)
+        layout = (self.last, self.itemsize)
+        return channel_tuning.group_tile(shape, *layout, backward, device, shortcut)
 
     def form(self, device: tuning.Device, mask: Tensor | None) -> Form:
         """The form of every kernel for this problem."""

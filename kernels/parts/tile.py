@@ -89,3 +89,11 @@ def load_first(ptr, row, stride, row_mask, bias_ptr):
     if bias_ptr is not None:
         first += tl.load(bias_ptr).to(tl.float32)
     return first
+
+
+@triton.jit
+def add_place(x, place):
+    """x plus the tile of a `Place`, which may be absent."""
+    if place.ptr is not None:
+        x += load_place(place)
+    return x

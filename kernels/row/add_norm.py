@@ -72,4 +72,4 @@ def add_norm_backward(
     given = (dy, h, None, norm_weight, norm_bias, statistics, seed, wanted, norm, eps, 0, 0.0, 0.0)
     total = None if dh is None else dh.contiguous()
     dropped = dx if threshold else None
-    return dx, *row_backward(*given, threshold, total=total, dropped=dropped)
+    return dx, *row_backward(*given, threshold, total=total, dropped=dropped)[:4]

@@ -1,6 +1,6 @@
 """The row epilogue of one tile, from memory to memory.
 
-y = residual + dropout(activation(norm(z + bias)))
+y = residual + dropout(activation(norm(z + bias) + shortcut))
 """
 
 import triton
@@ -8,7 +8,15 @@ import triton.language as tl
 
 from ..parts.norm import affine, row_statistics, store_statistics
 from ..parts.output import Drop, drop, write_output
-from ..parts.tile import Place, load_first, load_place, load_rows, row_offset, store_place
+from ..parts.tile import (
+    Place,
+    add_place,
+    load_first,
+    load_place,
+    load_rows,
+    row_offset,
+    store_place,
+)
 
 
 @triton.jit
@@ -31,12 +39,14 @@ def write_rows(
     FORM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     total_ptr=None,
+    shortcut_ptr=None,
 ):
     """y, and under a norm the statistics: the tile then holds whole rows, and col0 is 0.
 
     parameters: bias, norm_weight and norm_bias.
     total_ptr: not None for add & norm, total = residual + dropout(z + bias) and y = norm(total),
     with no activation; total has contiguous rows.
+    shortcut_ptr: with contiguous rows, or None.
     """
     ALIGN: tl.constexpr = FORM.ALIGN
     NORM: tl.constexpr = FORM.NORM
@@ -73,4 +83,6 @@ def write_rows(
     if total_ptr is not None:
         store_place(out, h)
     else:
+        offset = row_offset(row, cols, ALIGN)
+        h = add_place(h, Place(shortcut_ptr, offset, column[None, :], mask))
         write_output(h, None, part, added, out, scalars, FORM)

@@ -1,6 +1,6 @@
 """Forward of the row epilogue: one pass over memory, statistics along a row.
 
-    y = residual + dropout(activation(norm(z + bias)))        over (rows, cols)
+    y = residual + dropout(activation(norm(z + bias) + shortcut))        over (rows, cols)
 
 `_row_fwd_kernel` holds whole rows in one tile (several short rows at a time); without a norm a tile
 is any part of a row. `_row_fwd_loop_kernel` walks wider rows twice and finds the second reading in
@@ -21,7 +21,7 @@ from torch import Tensor
 from ...spec import ACTIVATION_NAMES, GATED_ACTIVATIONS, NORM_NAMES, STATISTICS, is_gated
 from ..parts.norm import affine, centre, store_statistics, walk_statistics
 from ..parts.output import Drop, form_of, write_output
-from ..parts.tile import Place, load_rows, row_offset
+from ..parts.tile import Place, add_place, load_rows, row_offset
 from ..tuning import rules as tuning
 from .epilogue import write_rows
 from .gated import FORWARD_INTEGERS, forward_kernel, half_of, is_wide
@@ -43,6 +43,7 @@ def _row_fwd_kernel(
     stride_ym,
     scalars,
     threshold,
+    shortcut_ptr,
     FORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -55,7 +56,7 @@ def _row_fwd_kernel(
     write_rows(
         *(z_ptr, parameters, residual_ptr, y_ptr, statistics_ptr, seed_ptr),
         *(row, (pid % col_blocks) * BLOCK_N, rows, cols, stride_zm, stride_rm, stride_ym),
-        *(scalars, threshold, FORM, BLOCK_N, total_ptr),
+        *(scalars, threshold, FORM, BLOCK_N, total_ptr, shortcut_ptr),
     )
 
 
@@ -74,6 +75,7 @@ def _row_fwd_loop_kernel(
     stride_ym,
     scalars,
     threshold,
+    shortcut_ptr,
     FORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -101,6 +103,8 @@ def _row_fwd_loop_kernel(
         h = centre(h, first, column_mask, NORM, True)
         h = centre(h, mean, column_mask, NORM, True)
         h, _ = affine(h, rstd, norm_weight_ptr, norm_bias_ptr, column, column_mask)
+        offset = row_offset(row, cols, ALIGN)
+        h = add_place(h, Place(shortcut_ptr, offset, column[None, :], mask))
         write_output(
             *(h, None, Drop(seed, row, col0, cols, threshold)),
             Place(residual_ptr, row_offset(row, stride_rm, ALIGN), column[None, :], mask),
@@ -122,17 +126,19 @@ def row_forward(
     alpha: float,
     beta: float,
     threshold: int,
+    shortcut: Tensor | None = None,
     *,
     out: Tensor | None = None,
     total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y = residual + dropout(activation(norm(z + bias))).
+    """y = residual + dropout(activation(norm(z + bias) + shortcut)).
 
     Args:
         z, residual: (rows, cols), last stride 1, any row stride and offset; one dtype.
         bias, norm_weight, norm_bias: (cols,), contiguous, any floating dtype, or None.
         seed: int64 (1,); may be None where threshold is 0.
         norm, eps, activation, alpha, beta, threshold: as `spec.Spec.row`.
+        shortcut: of z's shape and dtype, contiguous, at any offset.
         out: where y goes, laid out as z may be; it may be z itself. None: a new tensor.
         total: where the sum goes of add & norm (add_norm.py), for rows that one tile holds.
 
@@ -143,7 +149,7 @@ def row_forward(
         layer norm, (1, rows) rstd for rms norm, (0, rows) without a norm.
 
     Raises:
-        ValueError: a gated activation, and an odd number of columns or `out`.
+        ValueError: a gated activation, and an odd number of columns, a shortcut or `out`.
     """
     name, activation_name = NORM_NAMES[norm], ACTIVATION_NAMES[activation]
     rows, cols = z.shape
@@ -154,7 +160,7 @@ def row_forward(
                 f"row_forward_: {activation_name} halves the columns, so its result cannot be"
                 " written over z; take row_forward"
             )
-        cols = half_of(cols, "row_forward", str(activation_name))
+        cols = half_of(cols, shortcut, "row_forward", str(activation_name))
         activation_name = GATED_ACTIVATIONS[str(activation_name)].gate
     y = z.new_empty((rows, cols)) if out is None else out
     statistics = z.new_empty((STATISTICS[name], rows), dtype=torch.float32)
@@ -169,7 +175,8 @@ def row_forward(
         wide = is_wide(align, z, residual, y)
         kernel, tile, options = forward_kernel(cols, name, device, wide)
     else:
-        kernel, tile = _row_fwd_kernel, tuning.forward_tile(cols, name, device)
+        crowded = shortcut is not None and not is_wide(align, z, residual, shortcut, y)
+        kernel, tile = _row_fwd_kernel, tuning.forward_tile(cols, name, device, crowded)
         if name and tile.block_n < cols:
             kernel, tile = _row_fwd_loop_kernel, tuning.forward_loop_tile(device)
     blocks = triton.cdiv(rows, tile.block_m) * (1 if name else triton.cdiv(cols, tile.block_n))
@@ -191,6 +198,7 @@ def row_forward(
             *strides,
             (eps, alpha, beta),
             threshold,
+            *(() if gated else (shortcut,)),
             FORM=form,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,

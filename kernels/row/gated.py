@@ -135,12 +135,17 @@ def _gated_fwd_loop_kernel(
         )
 
 
-def half_of(cols: int, operation: str, activation: str) -> int:
+def half_of(cols: int, shortcut: Tensor | None, operation: str, activation: str) -> int:
     """Columns of the result, which are those of the value and of the gate.
 
     Raises:
-        ValueError: z cannot be halved.
+        ValueError: z cannot be halved, or there is a shortcut.
     """
+    if shortcut is not None:
+        raise ValueError(
+            f"{operation}: {activation} takes no shortcut between norm and gate, got one of shape"
+            f" {tuple(shortcut.shape)}; add it as the residual of the norm, and gate the sum"
+        )
     if cols % 2:
         raise ValueError(
             f"{operation}: {activation} halves the columns of z, so there must be an even number of"

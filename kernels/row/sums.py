@@ -2,7 +2,9 @@
 
     mean(g) and mean(g xhat),   g = dh norm_weight,   dh the gradient of the norm's result
 
-With these, backward.py can treat any part of a row by itself.
+With these, gradient.py can treat any part of a row by itself. A shortcut's gradient is dh: it is
+written here, and gradient.py then reads it in place of dy, and needs neither the shortcut nor what
+comes after it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,15 @@ from torch import Tensor
 
 from ..parts.norm import affine, centre, load_statistics, row_gradient_means
 from ..parts.output import Drop, Form, output_gradient
-from ..parts.tile import Place, load_place, load_rows, row_offset, times_columns
+from ..parts.tile import (
+    Place,
+    add_place,
+    load_place,
+    load_rows,
+    row_offset,
+    store_place,
+    times_columns,
+)
 from ..tuning import rules as tuning
 
 # Runtime integers whose value must not compile a new kernel: alignment is passed as ALIGN instead.
@@ -25,7 +35,7 @@ BACKWARD_INTEGERS = ("rows", "cols", "stride_dym", "stride_zm", "threshold")
 
 @triton.jit(do_not_specialize=BACKWARD_INTEGERS)
 def _row_sums_kernel(
-    dy_ptr,
+    incoming,
     z_ptr,
     parameters,
     statistics_ptr,
@@ -41,7 +51,11 @@ def _row_sums_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One row a program, block by block: sums_ptr is [2, rows], mean(g) and mean(g xhat)."""
+    """One row a program, block by block: sums_ptr is [2, rows], mean(g) and mean(g xhat).
+
+    incoming: dy; the shortcut, and where its gradient goes, with contiguous rows; or None.
+    """
+    dy_ptr, shortcut_ptr, dshortcut_ptr = incoming
     NORM: tl.constexpr = FORM.NORM
     ALIGN: tl.constexpr = FORM.ALIGN
     bias_ptr, norm_weight_ptr, norm_bias_ptr = parameters
@@ -61,7 +75,11 @@ def _row_sums_kernel(
         x = load_rows(Place(z_ptr, offset, column[None, :], mask), bias_ptr, column, column_mask)
         x = centre(x, mean, None, NORM, True)
         h, xhat = affine(x, rstd, norm_weight_ptr, norm_bias_ptr, column, column_mask)
+        offset = row_offset(row, cols, ALIGN)
+        h = add_place(h, Place(shortcut_ptr, offset, column[None, :], mask))
         g = output_gradient(g, h, None, Drop(seed, row, col0, cols, threshold), scalars, FORM)
+        if dshortcut_ptr is not None:
+            store_place(Place(dshortcut_ptr, offset, column[None, :], mask), g)
         g = times_columns(g, norm_weight_ptr, column, column_mask)
         block_g, block_gx = row_gradient_means(g, xhat, cols, NORM)
         mean_g += block_g
@@ -83,9 +101,9 @@ def row_sums(
 
     Inputs and scalars are groups of the kernel's arguments, in its order.
     """
-    dy: Tensor = inputs[0]
-    sums = dy.new_empty((2, dy.shape[0]), dtype=torch.float32)
-    kernel[(dy.shape[0],)](
+    z: Tensor = inputs[1]
+    sums = z.new_empty((2, z.shape[0]), dtype=torch.float32)
+    kernel[(z.shape[0],)](
         *inputs,
         sums,
         seed,

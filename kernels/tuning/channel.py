@@ -170,11 +170,13 @@ def group_tile(
     itemsize: int,
     backward: bool,
     device: Device,
+    shortcut: bool = False,
 ) -> tuple[str, GroupTile | None]:
     """How group or instance norm runs, and on which tiles.
 
     Args:
         problem: samples, channels, positions, groups.
+        shortcut: whether there is one; backward then walks over four tensors, not over two.
 
     Returns:
         "held" (a tile holds whole groups of a sample: one reading), "loop" (a program walks over
@@ -190,7 +192,7 @@ def group_tile(
         return "split", None
     tile = _loop_tile(channels, positions, groups, last, device)
     programs = samples * triton.cdiv(groups, tile.groups)
-    size = width * tile.groups * positions * itemsize
+    size = width * tile.groups * positions * itemsize * (2 if backward and shortcut else 1)
     # With fewer programs than half the SMs, sharing groups is worth a second reading.
     if size > LOOP_BYTES or programs < device.processors // 2:
         return "split", None
@@ -234,14 +236,11 @@ def _held_tile(
             units, together = units * 2, together * 2
     if units * run > limit:
         return None
-    threads = 512 if backward else 1024
-    warps = warps_of(
-        units * run, per_thread // narrow, device.warp_size, threads // device.warp_size
-    )
+    most = (512 if backward else 1024) // device.warp_size
+    warps = warps_of(units * run, per_thread // narrow, device.warp_size, most)
     # Of whole groups there can be more or fewer, and nothing else.
     of_group = units // together
-    layout = "last" if last else "planar"
-    parts = (layout, itemsize, align, width, units, run)
+    parts = ("last" if last else "planar", itemsize, align, width, units, run)
     key = tuned.key_of(f"channel_held_{DIRECTIONS[backward]}", *parts)
     together, warps = tuned.choose(device.name, key, (together, warps), of_group * run)
     return GroupTile(together, together * of_group, run, warps)
@@ -281,8 +280,9 @@ def held_programs(samples: int, group_blocks: int, tile: GroupTile, device: Devi
     return max(1, min(samples, device.processors * resident // group_blocks))
 
 
-def held_backward_options(tile: GroupTile, device: Device) -> dict[str, int]:
-    """Registers a thread of the held backward may have, at 8 elements a thread.
+def register_options(tile: GroupTile, device: Device) -> dict[str, int]:
+    """Registers a thread of the held backward may have, at 8 elements a thread; and of the looped
+    forward with a shortcut.
 
     static: left alone, two of 45 binaries stop at 64 and 80 registers by putting a word aside.
     """

@@ -33,7 +33,8 @@ from fused.spec import (
     dropout_threshold,
 )
 
-GRADIENTS = ("dz", "dnorm_weight", "dnorm_bias", "dbias")
+GRADIENTS = ("dz", "dnorm_weight", "dnorm_bias", "dbias", "dshortcut")
+PARAMETERS = ("dbias", "dnorm_weight", "dnorm_bias")
 ALL = WANT_NORM_WEIGHT | WANT_NORM_BIAS | WANT_BIAS
 
 
@@ -54,6 +55,7 @@ class Case:
     bias: bool = True
     affine: bool = True
     residual: bool = False
+    shortcut: bool = False
     parameter_dtype: torch.dtype | None = None
     gap: int = 0
     offset: int = 0
@@ -84,14 +86,15 @@ class Inputs:
     residual: Tensor | None
     dy: Tensor
     seed: Tensor
+    shortcut: Tensor | None = None
 
 
 def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     """Random inputs of a case, the same on every device."""
     generator = torch.Generator().manual_seed(case.rows * 1009 + case.cols)
 
-    def matrix(cols: int, scale: float, mean: float) -> Tensor:
-        width = cols + case.gap
+    def matrix(cols: int, scale: float, mean: float, gap: int = case.gap) -> Tensor:
+        width = cols + gap
         flat = torch.randn(case.offset + case.rows * width, generator=generator) * scale + mean
         whole = flat.to(device, case.dtype)[case.offset :]
         return whole.view(case.rows, width)[:, :cols]
@@ -109,27 +112,31 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
         residual=matrix(case.result_cols, 1.0, 0.0) if case.residual else None,
         dy=matrix(case.result_cols, 1.0, 0.0),
         seed=torch.tensor([0x9E3779B97F4A7C15 - 2**64 + case.cols], device=device),
+        shortcut=matrix(case.cols, 1.5, 0.0, gap=0) if case.shortcut else None,
     )
 
 
 def forward_arguments(case: Case, x: Inputs) -> tuple[Any, ...]:
     """The arguments of row_forward and row_forward_, in the order of the schema."""
     seed = x.seed if case.epilogue.threshold else None
-    return (x.z, x.bias, x.norm_weight, x.norm_bias, x.residual, seed, *case.epilogue.row)
+    given = (x.z, x.bias, x.norm_weight, x.norm_bias, x.residual, seed, *case.epilogue.row)
+    return given if x.shortcut is None else (*given, x.shortcut)
 
 
 def backward_arguments(case: Case, x: Inputs, statistics: Tensor) -> tuple[Any, ...]:
     """The arguments of row_backward, in the order of the schema."""
     seed = x.seed if case.epilogue.threshold else None
     parameters = (x.bias, x.norm_weight, x.norm_bias)
-    return (x.dy, x.z, *parameters, statistics, seed, case.wanted, *case.epilogue.row)
+    given = (x.dy, x.z, *parameters, statistics, seed, case.wanted, *case.epilogue.row)
+    return given if x.shortcut is None else (*given, x.shortcut)
 
 
 def wanted_names(case: Case, x: Inputs) -> list[str]:
-    """The gradients that a case asks for; there is always dz."""
-    present = (True, x.norm_weight is not None, x.norm_bias is not None, True)
+    """The gradients that a case asks for; there is always dz, and dshortcut if it is not dz."""
+    shortcut = x.shortcut is not None and case.norm is not None
+    present = (True, x.norm_weight is not None, x.norm_bias is not None, True, shortcut)
     bits = (WANT_NORM_WEIGHT, WANT_NORM_BIAS, WANT_BIAS)
-    asked = (True, *(case.wanted & bit for bit in bits))
+    asked = (True, *(case.wanted & bit for bit in bits), True)
     return [n for n, p, a in zip(GRADIENTS, present, asked, strict=True) if p and a]
 
 
@@ -139,16 +146,18 @@ def run(case: Case, x: Inputs) -> dict[str, Tensor]:
     gradients = launchers.TRITON["row_backward"](*backward_arguments(case, x, statistics))
     assert y.dtype == x.z.dtype
     wanted = wanted_names(case, x)
-    owners = (x.z, x.norm_weight, x.norm_bias, x.z)
+    owners = (x.z, x.norm_weight, x.norm_bias, x.z, x.z)
     found = {"y": y}
     for name, gradient, owner in zip(GRADIENTS, gradients, owners, strict=True):
         if name in wanted:
             assert owner is not None
-            assert gradient.shape == (x.z.shape if name == "dz" else x.z.shape[1:])
+            whole = name in ("dz", "dshortcut")
+            assert gradient.shape == (x.z.shape if whole else x.z.shape[1:])
             assert gradient.dtype == owner.dtype
             found[name] = gradient
         else:
             assert gradient.shape == (0,)
+            assert gradient.dtype == (x.z.dtype if name == "dshortcut" else torch.float32)
     return found
 
 
@@ -159,19 +168,18 @@ def expected(case: Case, x: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
         return None if t is None else t.detach().to(dtype).requires_grad_()
 
     leaves = {"dz": x.z, "dnorm_weight": x.norm_weight, "dnorm_bias": x.norm_bias, "dbias": x.bias}
+    leaves["dshortcut"] = x.shortcut
     if x.bias is None:
         leaves["dbias"] = x.z.new_zeros(x.z.shape[1])
     leaves = {name: leaf(t) for name, t in leaves.items()}
     residual = None if x.residual is None else x.residual.to(dtype)
-    y = reference.row(
-        leaves["dz"],
-        case.epilogue,
-        leaves["dbias"],
-        leaves["dnorm_weight"],
-        leaves["dnorm_bias"],
-        residual,
-        x.seed,
-    )
+    spec, parameters = case.epilogue, [leaves[name] for name in PARAMETERS]
+    if x.shortcut is None:
+        y = reference.row(leaves["dz"], spec, *parameters, residual, x.seed)
+    else:
+        h = reference.row(leaves["dz"], Spec(spec.norm, spec.eps), *parameters)
+        h = h + leaves["dshortcut"]
+        y = reference.row(h, spec.without_norm, residual=residual, seed=x.seed)
     wanted = wanted_names(case, x)
     gradients = torch.autograd.grad(y, [leaves[name] for name in wanted], x.dy.to(dtype))
     return {"y": y.detach()} | dict(zip(wanted, gradients, strict=True))
@@ -232,6 +240,7 @@ def matrix_of_cases(
                 case = Case(5, widths[i % len(widths)], dtype, norm, activation)
                 case = replace(case, p=(0.1, 0.0, 0.5)[i // 3 % 3], residual=i % 5 < 2)
                 case = replace(case, wanted=min(i % 13, ALL))
+                case = replace(case, shortcut=i % 4 == 1 and case.result_cols == case.cols)
                 cases.append(replace(case, bias=i % 7 < 4, affine=i % 11 < 8))
     return cases
 

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="Triton kernels need triton")
 
 import channel_cases
 from channel_cases import EVERY_ACTIVATION, LAYOUTS, NORMS, make_epilogue, make_inputs
+from channel_oracle import check_with_shortcut
 
 from fused.backends import ops
 from fused.run.random import keep_mask
@@ -65,6 +66,21 @@ def test_every_norm_layout_dtype_activation(
     norm: str | None, last: bool, dtype: torch.dtype, activation: str | None
 ) -> None:
     check(norm, last, (7, 48, 260, 6), dtype, activation, p=0.2)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@EVERY_LAYOUT
+@pytest.mark.parametrize("norm", NORMS)
+def test_shortcut(
+    norm: str | None, last: bool, dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> None:
+    if norm == "instance" and shape[2] == 1:
+        pytest.skip("one element has no spread")
+    *sizes, groups = shape
+    epilogue = make_epilogue(norm, "relu", 0.1, sizes[1], groups, last)
+    x = make_inputs(*sizes, dtype, norm, last, device="cuda")
+    check_with_shortcut(x, epilogue, torch.randn_like(x.z), f"{norm} {last} {shape} {dtype}")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

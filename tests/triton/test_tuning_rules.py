@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the tuning rules are those of Triton kernels")
 
-from bench.audit import channel_family, gated_family, row_family
+from bench.audit import channel_family, gated_family, row_family, shortcut_family
 from bench.audit.channel_family import Scene
 from bench.audit.family import Family
 from bench.audit.launch import Launch
@@ -16,6 +16,7 @@ from bench.audit.measure import launches_of
 
 ROW = (row_family.FORWARD, row_family.BACKWARD)
 GATED = (gated_family.FORWARD, gated_family.BACKWARD)
+SHORTCUT = tuple(shortcut_family.FAMILIES)  # row and channel kernels, forward and backward
 CHANNEL = (channel_family.FORWARD, channel_family.BACKWARD)
 
 
@@ -29,7 +30,7 @@ def constants(family: Family, **different: Any) -> list[tuple[object, ...]]:
     return [(s.constants, s.signature, s.attrs) for s in sources]
 
 
-@pytest.mark.parametrize("family", ROW + GATED, ids=lambda f: f.name)
+@pytest.mark.parametrize("family", ROW + GATED + SHORTCUT[:2], ids=lambda f: f.name)
 @pytest.mark.parametrize("width", [200, 4096, 9000])
 def test_number_of_rows_does_not_recompile(family: Family, width: int) -> None:
     one, some, many = (constants(family, width=width, rows=rows) for rows in (1, 17, 4096))
@@ -41,6 +42,13 @@ def test_narrow_accesses_take_half_as_wide_a_tile(fit: str, whole: bool) -> None
     """Regression: at 8192 columns they spilled up to 273 words."""
     names = [launch.name for launch in launches(ROW[1], width=8192, fit=fit, wanted=3)]
     assert ("_row_sums_kernel" not in names) == whole
+
+
+@pytest.mark.parametrize("fit, whole", [("even", True), ("odd", False), ("offset", False)])
+def test_narrow_accesses_with_a_shortcut_walk_over_the_widest_rows(fit: str, whole: bool) -> None:
+    """Regression: at 16384 columns of float32 they spilled 4 words on sm_100."""
+    (launch,) = launches(SHORTCUT[0], width=16384, fit=fit, dtype="fp32")
+    assert (launch.name == "_row_fwd_kernel") == whole
 
 
 @pytest.mark.parametrize("family", GATED, ids=lambda f: f.name)
@@ -83,7 +91,7 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-@pytest.mark.parametrize("family", CHANNEL, ids=lambda f: f.name)
+@pytest.mark.parametrize("family", CHANNEL + SHORTCUT[2:], ids=lambda f: f.name)
 @pytest.mark.parametrize("name", list(channel_family.SCENES)[:4])
 def test_number_of_samples_does_not_recompile(family: Family, name: str, scene: Any) -> None:
     of = channel_family.SCENES[name]
@@ -117,3 +125,16 @@ def test_groups_take_the_way_of_their_size(
             assert f"_channel_{'apply' if kernel == 'fwd' else 'bwd'}_kernel" in names
         else:
             assert f"_channel_{way}_{kernel}_kernel" in names
+
+
+@pytest.mark.parametrize("positions, way", [(3136, "loop"), (6272, "split")])
+def test_a_shortcut_leaves_a_loop_half_of_its_room(positions: int, way: str, scene: Any) -> None:
+    """Backward four tensors of a group go through L2 between its two walks, not two."""
+    name = scene("group", False, 64, 256, positions)
+    plain, shortcut = (
+        [launch.name for launch in launches(family, scene=name)]
+        for family in (channel_family.BACKWARD, shortcut_family.CHANNEL_BACKWARD)
+    )
+    assert plain[0] == "_channel_loop_bwd_kernel"
+    kernel = "_channel_bwd_kernel" if way == "split" else "_channel_loop_bwd_kernel"
+    assert shortcut[0] == kernel

@@ -14,7 +14,12 @@ import torch
 import triton
 import triton.language as tl
 from channel_cases import Inputs, make_epilogue, make_inputs, named, seed_of
-from channel_oracle import LAUNCHERS
+from channel_oracle import (
+    LAUNCHERS,
+    check_with_shortcut,
+    parts_with_shortcut,
+    run_with_shortcut,
+)
 from fused.kernels.channel.tile import place
 from fused.kernels.tuning import channel as tuning
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -78,6 +83,26 @@ def check(case: Case, inputs: Inputs | None = None) -> list[Launch]:
     with launches() as log:
         channel_cases.check(inputs or case.inputs, case.epilogue, str(case))
     return log
+
+
+def shortcut_of(x: Inputs) -> torch.Tensor:
+    """A shortcut of z's shape, off every boundary; NaN where there is padding."""
+    generator = torch.Generator().manual_seed(1)
+    whole = torch.randn(x.z.numel() + 1, generator=generator).to(x.z.dtype)
+    shortcut = whole[1:].view(x.z.shape)
+    if x.mask is not None:
+        shortcut[~x.mask] = float("nan")
+    return shortcut
+
+
+def check_shortcut(case: Case) -> tuple[list[Launch], dict[str, torch.Tensor]]:
+    """Judges a case with a shortcut; returns its launches and results."""
+    x = case.inputs
+    with launches() as log:
+        found = check_with_shortcut(x, case.epilogue, shortcut_of(x), str(case))
+    if x.mask is not None and "dshortcut" in found:
+        assert not found["dshortcut"][~x.mask].any()
+    return log, found
 
 
 def names(log: list[Launch]) -> list[str]:
@@ -173,6 +198,66 @@ def test_walks_by_constants(
     assert log == ["apply", "bwd", "_column_sum"]
 
 
+@pytest.mark.parametrize("case", matrix_of_cases(), ids=str)
+def test_shortcut_of_every_norm_layout_dtype(case: Case) -> None:
+    _, found = check_shortcut(case)
+    assert ("dshortcut" in found) == (case.norm is not None)
+
+
+@pytest.mark.parametrize("kind", ["elements", "channels", "masked"])
+@pytest.mark.parametrize("channels, last", [(24, False), (20, False), (24, True), (20, True)])
+@EVERY_WAY
+def test_shortcut_in_walks_of_many_steps(
+    norm: str, channels: int, last: bool, kind: str, small_tiles: str
+) -> None:
+    """The first walk writes the gradient of the shortcut, and a second one reads it as dy."""
+    groups = 3 if channels == 24 else 2
+    case = Case(norm, last, (2, channels, 23), torch.bfloat16, "relu", 0.3, groups)
+    case = replace(case, channel_dropout=kind == "channels", masked=last and kind == "masked")
+    case = replace(case, affine=kind != "elements", residual=kind != "channels")
+    log, _ = check_shortcut(case)
+    size, backward = case.inputs.z.nbytes, [entry for entry in log if "bwd" in entry.kernel]
+    if not case.masked:
+        first = backward[0]
+        assert first.loaded["shortcut_ptr"] == first.stored["dshortcut_ptr"] == size
+        assert first.loaded["dy_ptr"] == moved(backward, "stored", "dz_ptr") == size
+        once_more = {"loop_bwd": "dshortcut_ptr", "held_bwd": "", "bwd": "dy_ptr"}
+        again = once_more[names(backward)[0]]
+        assert not again or backward[-1].loaded[again] == size
+        assert moved(backward, "loaded", "z_ptr") == (2 if again else 1) * size
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1), (1, 4, 1), (3, 20, 4), (1, 4, 300)])
+@LAYOUTS
+@pytest.mark.parametrize("norm", NORMS)
+def test_shortcut_of_odd_shapes(norm: str | None, last: bool, shape: tuple[int, int, int]) -> None:
+    groups = 4 if shape[1] % 4 == 0 else 1
+    check_shortcut(Case(norm, last, shape, DTYPES[sum(shape) % 2], "silu", groups=groups))
+
+
+@LAYOUTS
+def test_shortcut_in_parts_of_batch_norm(last: bool) -> None:
+    case = Case("batch", last, (3, 6, 35), torch.bfloat16, masked=last)
+    _, whole = check_shortcut(case)
+    x = case.inputs
+    for name, part in parts_with_shortcut(x, case.epilogue, shortcut_of(x)).items():
+        assert torch.equal(part, whole[name]), name
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 5), (2, 6, 0)])
+@LAYOUTS
+@pytest.mark.parametrize("norm", NORMS)
+def test_shortcut_of_nothing(norm: str | None, last: bool, shape: tuple[int, int, int]) -> None:
+    case = Case(norm, last, shape)
+    x = case.inputs
+    with launches() as log:
+        found = run_with_shortcut(x, case.epilogue, shortcut_of(x))
+    assert not log
+    for name, t in found.items():
+        whole = name in ("y", "dz", "dshortcut")
+        assert t.shape == x.z.shape if whole else (t == 0).all(), name
+
+
 @pytest.mark.parametrize("threshold", [1, 6554, 65535, 65536])
 @pytest.mark.parametrize("channel_dropout", [False, True], ids=["elements", "channels"])
 @LAYOUTS
@@ -235,12 +320,14 @@ def test_parts_of_batch_norm(last: bool) -> None:
         assert torch.equal(part, whole[name]), name
 
 
+@pytest.mark.parametrize("shortcut", [False, True], ids=["plain", "shortcut"])
 @LAYOUTS
 @pytest.mark.parametrize("norm", NORMS)
-def test_in_place(norm: str | None, last: bool) -> None:
+def test_in_place(norm: str | None, last: bool, shortcut: bool) -> None:
     case = Case(norm, last, (2, 6, 35), torch.bfloat16, constant=True)
     x, codes = case.inputs, case.epilogue.channel
     rest = (x.mean, x.variance, *x.parameters, x.residual, None, x.seed, *codes)
+    rest += (shortcut_of(x),) if shortcut else ()
     y = LAUNCHERS.channel_apply(x.z, *rest)
     assert LAUNCHERS.channel_apply_(x.z, *rest) is None
     assert torch.equal(x.z, y)

@@ -179,6 +179,15 @@ def test_odd_number_of_columns(rows: int) -> None:
         launchers.TRITON["row_backward"](*backward_arguments(case, x, torch.zeros(2, rows)))
 
 
+def test_no_shortcut() -> None:
+    case = Case(3, 64, activation="geglu", shortcut=True)
+    x = make_inputs(case)
+    with pytest.raises(ValueError, match=r"row_forward: geglu takes no shortcut .* residual"):
+        launchers.TRITON["row_forward"](*forward_arguments(case, x))
+    with pytest.raises(ValueError, match=r"row_backward: geglu takes no shortcut .* residual"):
+        launchers.TRITON["row_backward"](*backward_arguments(case, x, torch.zeros(2, 3)))
+
+
 @pytest.mark.parametrize("wanted", [ALL, WANT_NORM_WEIGHT, 0])
 @pytest.mark.parametrize("rows, half", [(3, 20), (0, 4), (4, 0)])
 @pytest.mark.parametrize("norm", NORMS)

@@ -75,6 +75,61 @@ def test_strided_and_misaligned(dtype: torch.dtype, gap: int, offset: int) -> No
     check(Case(5, 200, dtype, residual=True, gap=gap, offset=offset))
 
 
+@pytest.mark.parametrize(
+    "rows, cols, gap, offset", [(5, 1000, 0, 0), (33, 64, 8, 0), (3, 1025, 0, 1), (5, 200, 5, 3)]
+)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+def test_shortcut(
+    norm: str | None, dtype: torch.dtype, rows: int, cols: int, gap: int, offset: int
+) -> None:
+    case = Case(rows, cols, dtype, norm, "silu", 0.3, residual=True, shortcut=True, gap=gap)
+    case = replace(case, offset=offset)
+    x = make_inputs(case)
+    with launches() as log:
+        found = check(case, x)
+    size = rows * cols * x.z.element_size()
+    assert log[0].loaded["shortcut_ptr"] == log[1].loaded["shortcut_ptr"] == size
+    assert log[1].loaded["dy_ptr"] == log[1].stored["dz_ptr"] == size
+    assert log[1].stored["dshortcut_ptr"] == (size if norm else 0)
+    # Dropout comes behind the shortcut.
+    keep = keep_mask(rows, cols, case.epilogue.threshold, x.seed)
+    assert torch.equal(found["y"][~keep], x.residual[~keep])
+    gradient = found["dshortcut" if norm else "dz"]
+    assert not gradient[~keep].any() and gradient[keep].any()
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+def test_a_shortcut_of_zeros_changes_no_bit(norm: str | None) -> None:
+    case = Case(5, 200, torch.bfloat16, norm, residual=True, shortcut=True)
+    x = make_inputs(case)
+    plain, zeros = replace(x, shortcut=None), replace(x, shortcut=torch.zeros(5, 200).bfloat16())
+    expected, found = run(replace(case, shortcut=False), plain), run(case, zeros)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("cols, gap", [(65, 0), (200, 3), (256, 0)])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+@pytest.mark.usefixtures("small_tiles")
+def test_shortcut_of_rows_wider_than_a_tile(
+    norm: str | None, dtype: torch.dtype, cols: int, gap: int
+) -> None:
+    """The first kernel of the backward writes its gradient, and the second reads that as dy."""
+    case = Case(3, cols, dtype, norm, residual=True, shortcut=True, gap=gap)
+    with launches() as log:
+        check(case)
+    size = 3 * cols * dtype.itemsize
+    if norm:
+        _, sums, gradient, _ = log
+        assert log[0].kernel == "_row_fwd_loop_kernel"
+        assert sums.loaded["shortcut_ptr"] == sums.stored["dshortcut_ptr"] == size
+        assert gradient.loaded["dy_ptr"] == gradient.stored["dz_ptr"] == size
+        assert not gradient.loaded["shortcut_ptr"]
+    assert log[0].loaded["shortcut_ptr"] == size
+    check(replace(case, bias=False, affine=False, wanted=0))
+
+
 @pytest.mark.parametrize("norm", ["layer", "rms", None])
 def test_float32_parameters_of_bf16(norm: str | None) -> None:
     check(Case(4, 65, torch.bfloat16, norm, parameter_dtype=torch.float32))
@@ -188,14 +243,15 @@ def check_in_place(case: Case) -> None:
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("norm", ["layer", "rms", None])
 def test_in_place(norm: str | None, dtype: torch.dtype, rows: int, cols: int, gap: int) -> None:
-    check_in_place(Case(rows, cols, dtype, norm, residual=rows == 5, gap=gap))
+    more = rows == 5
+    check_in_place(Case(rows, cols, dtype, norm, residual=more, shortcut=more, gap=gap))
 
 
 @pytest.mark.parametrize("gap", [0, 3])
 @pytest.mark.parametrize("norm", ["layer", "rms", None])
 @pytest.mark.usefixtures("small_tiles")
 def test_wide_rows_in_place(norm: str | None, gap: int) -> None:
-    check_in_place(Case(3, 200, norm=norm, residual=True, gap=gap))
+    check_in_place(Case(3, 200, norm=norm, residual=True, shortcut=gap == 0, gap=gap))
 
 
 @pytest.mark.parametrize("wanted", [ALL, WANT_NORM_WEIGHT, 0])
@@ -206,6 +262,7 @@ def test_fake_kernels_foretell_shapes_and_dtypes(
 ) -> None:
     """opcheck does this for the C++ kernels; it cannot reach kernels that need a GPU."""
     case = Case(rows, cols, torch.bfloat16, norm, parameter_dtype=torch.float32, wanted=wanted)
+    case = replace(case, shortcut=wanted != ALL)
     x = make_inputs(case)
     forward = forward_arguments(case, x)
     real = launchers.TRITON["row_forward"](*forward)
@@ -310,11 +367,11 @@ def test_dropped_infinity_is_nan_as_in_nn_dropout() -> None:
 
 @pytest.mark.parametrize("rows, cols", [(0, 8), (4, 0), (0, 0)])
 def test_empty(rows: int, cols: int) -> None:
-    case = Case(rows, cols)
+    case = Case(rows, cols, shortcut=True)
     with launches() as log:
         result = run(case, make_inputs(case))
     assert not log
-    assert result["y"].shape == result["dz"].shape == (rows, cols)
+    assert all(result[name].shape == (rows, cols) for name in ("y", "dz", "dshortcut"))
     assert all((result[name] == 0).all() for name in ("dnorm_weight", "dnorm_bias", "dbias"))
 
 
