@@ -61,6 +61,10 @@ CALLS: dict[str, Allowed] = {
     "row backward: wide": Allowed(5 / 3, _MEANS_FIRST),
     "gated backward: wide": Allowed(8 / 5, _MEANS_FIRST),
     "row backward with shortcut: wide": Allowed(7 / 5, _MEANS_FIRST),
+    "add & norm forward: wide": Allowed(
+        5 / 3, "the kernel of the sum, then that of its norm, which finds it in L2"
+    ),
+    "add & norm backward: wide": Allowed(5 / 3, _MEANS_FIRST),
     "channel forward: batch, planar": _FORWARD,
     "channel forward: batch, channels last": _FORWARD,
     "channel forward: group split, channels last": _FORWARD,
