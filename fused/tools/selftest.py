@@ -115,7 +115,7 @@ def _add_norm(activation: None, **given: Any) -> Tensor:
 
 def _gate(norm: None, eps: float, activation: str, **given: Any) -> Tensor:
     """The gate of two tensors, by the name that it has as halves of one."""
-    return gate(activation=GATED_ACTIVATIONS[activation].gate, **given)
+    return gate(activation=str(GATED_ACTIVATIONS[activation].gate), **given)
 
 
 def _plain(spec: Spec, operation: str, **inputs: Tensor) -> Tensor:
