@@ -1,4 +1,4 @@
-"""python -m bench [norm linear channel host] [--quick]: measure on a CPU.
+"""python -m bench [norm linear channel shapes host] [--quick]: measure on a CPU.
 python -m bench [rows blocks images peers host] --device cuda: measure on a GPU.
 python -m bench models [--models a,b] [--providers eager,fused]: whole models by torch.compile.
 python -m bench report: tables and pictures from what was measured.
@@ -49,7 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="SUITE",
         help=f"{', '.join(SUITES)} (default: all), models or report",
     )
-    add("--quick", action="store_true", help="a few cells, three minutes in all, to .cache/bench")
+    add("--quick", action="store_true", help="a few cells, four minutes in all, to .cache/bench")
     add("--rest", action="store_true", help="only the cells that --quick leaves out")
     add("--out", type=Path, help="folder of the CSV files (default: bench/results)")
     add("--max-seconds", type=float, help="of each suite; what is left out is said")

@@ -15,6 +15,13 @@ from fused.spec import GATED_ACTIVATIONS
 
 LETTERS = {"L": "Linear", "N": "norm", "A": "activation", "D": "dropout"}
 CHANNEL_NORMS = ("batch", "group", "instance")
+# Chains of two inputs, and what eager runs: S is the sum with the second, G the gate.
+_ADD_NORM = "`h = residual + dropout(x); y = norm(h)`, both of them results"
+_GATE = "`dropout(silu(a) * b)`, and with GELU"
+SHAPES = {
+    **{"D-S-N": _ADD_NORM, "S-N": _ADD_NORM, "G-D": _GATE, "G": _GATE},
+    "N-S-A": "`out = bn(x); out += identity; relu(out)`, the last in place",
+}
 MODES = {
     "forward": "forward, training mode, no gradients",
     "inference": "forward, evaluation mode, no gradients",
@@ -29,7 +36,8 @@ class Cell:
     """One chain at one size in one mode.
 
     Attributes:
-        chain: its stages, such as "N-A-D" (`LETTERS`); "3 L-N-A-D": three of them and a Linear.
+        chain: its stages, such as "N-A-D" (`LETTERS`); "3 L-N-A-D": three of them and a Linear;
+            a key of `SHAPES`.
         norm: "layer", "rms", "batch", "group", "instance", or "" without one.
         dtype: torch's name.
         M, K, N: rows, features in (0 without a Linear), features out. Of images: all positions of
@@ -75,6 +83,16 @@ class Cell:
     def blocks(self) -> int:
         """How many times the chain is repeated; a last Linear follows if it is."""
         return int(self.chain.split()[0]) if " " in self.chain else 1
+
+    @property
+    def takes_two(self) -> bool:
+        """Whether it has a second input, of the first one's shape."""
+        return self.chain in SHAPES
+
+    @property
+    def sums(self) -> bool:
+        """Whether the sum of both inputs is a second result."""
+        return self.chain in ("D-S-N", "S-N")
 
     @property
     def rows_are_apart(self) -> bool:
@@ -208,10 +226,25 @@ def channel_cells() -> Iterator[Cell]:
         yield from _channel_cells(norm, "silu", CHANNEL_IMAGES[0], layout, ("training",))
 
 
+def shape_cells() -> Iterator[Cell]:
+    """Chains of two inputs: add & norm, batch norm with a shortcut on images, gates."""
+    pairs = (("layer", ""), ("rms", ""), ("", "silu"), ("", "gelu"))
+    for (norm, activation), dtype, (rows, cols) in product(pairs, DTYPES, NORM_SIZES):
+        for p, mode in product((P, 0.0), ("forward", "training")):
+            chain = ("D-S-N" if p else "S-N") if norm else ("G-D" if p else "G")
+            yield Cell("shapes", chain, norm, activation, dtype, rows, 0, cols, p, mode)
+    for sizes, layout, dtype in product(CHANNEL_IMAGES, LAYOUTS, DTYPES):
+        size, shape = (math.prod(sizes) // sizes[1], 0, sizes[1]), "×".join(map(str, sizes))
+        for mode in ("forward", "inference", "training"):
+            cell = Cell("shapes", "N-S-A", "batch", "relu", dtype, *size, 0.0, mode, shape, layout)
+            yield cell
+
+
 CPU_SUITES = {
     "norm": norm_cells,
     "linear": linear_cells,
     "channel": channel_cells,
+    "shapes": shape_cells,
     "host": host_cells,
 }
 
@@ -228,4 +261,8 @@ def is_quick(cell: Cell) -> bool:
         shown = (cell.activation, cell.dtype) == ("relu", "float32") and cell.p > 0
         image = (cell.sizes, cell.layout) == (CHANNEL_IMAGES[0], "channels-last")
         return shown and (cell.sizes == CHANNEL_ROWS[0] or image)
+    if cell.suite == "shapes":
+        small = cell.sizes in (NORM_SIZES[0], CHANNEL_IMAGES[0]) and cell.dtype == "float32"
+        shown = (cell.norm or cell.activation) in ("layer", "silu", "batch")
+        return small and shown and (cell.p > 0 or cell.norm == "batch")
     return cell.norm in ("layer", "")

@@ -83,6 +83,20 @@ def _keep_mask(y: Tensor, undropped: Tensor, p: float) -> Tensor:
     return keep
 
 
+def sampled_rows(cell: Cell) -> Tensor:
+    """Up to SAMPLED_ROWS of the cell's, spread over all."""
+    count = min(cell.M, SAMPLED_ROWS)
+    return torch.linspace(0, cell.M - 1, count, dtype=torch.float64).long().unique()
+
+
+def check_form(y: Tensor, dy: Tensor, dtype: torch.dtype) -> None:
+    """Raises where an output has not the shape and dtype it should have, or is not finite."""
+    if y.shape != dy.shape or y.dtype != dtype:
+        raise CheckError(f"the output is {tuple(y.shape)} {y.dtype}")
+    if not bool(y.isfinite().all()):
+        raise CheckError("the output is not finite")
+
+
 def check(provider: Provider, cell: Cell, chain: nn.Sequential, inputs: Inputs) -> float:
     """Runs the provider once and compares output and gradients with the oracle.
 
@@ -93,8 +107,7 @@ def check(provider: Provider, cell: Cell, chain: nn.Sequential, inputs: Inputs) 
         CheckError: the provider does not compute the chain.
     """
     limits = LIMITS[getattr(torch, cell.dtype)]
-    rows = torch.linspace(0, cell.M - 1, min(cell.M, SAMPLED_ROWS), dtype=torch.float64).long()
-    rows = rows.unique().to(inputs.x.device)
+    rows = sampled_rows(cell).to(inputs.x.device)
     dy = torch.zeros_like(inputs.dy)
     dy[rows] = inputs.dy[rows]
     sample = Inputs(inputs.x, dy)
@@ -102,11 +115,8 @@ def check(provider: Provider, cell: Cell, chain: nn.Sequential, inputs: Inputs) 
         y = provider.forward(sample)
     gradients = provider.backward(sample, y) if provider.backward else ()
 
-    y, wanted_dtype = y.detach(), getattr(torch, cell.dtype)
-    if y.shape != dy.shape or y.dtype != wanted_dtype:
-        raise CheckError(f"the output is {tuple(y.shape)} {y.dtype}")
-    if not bool(y.isfinite().all()):
-        raise CheckError("the output is not finite")
+    y = y.detach()
+    check_form(y, dy, getattr(torch, cell.dtype))
     x64 = inputs.x.detach()[rows].double().requires_grad_()
     parameters = [p.detach().double().requires_grad_() for p in chain.parameters()]
     want = _oracle(cell, chain, x64, parameters)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .cells import Cell
-from .check import LIMITS, CheckError, _compare, _keep_mask
+from .check import LIMITS, CheckError, _compare, _keep_mask, check_form
 from .providers import Inputs, Provider
 
 # What the running statistics are set to, so that an update that is left out shows.
@@ -46,14 +46,11 @@ def check_channel(provider: Provider, cell: Cell, chain: nn.Sequential, inputs: 
         y = provider.forward(inputs)
     gradients = provider.backward(inputs, y) if provider.backward else ()
     y = y.detach()
-    if y.shape != inputs.dy.shape or y.dtype != dtype:
-        raise CheckError(f"the output is {tuple(y.shape)} {y.dtype}")
+    check_form(y, inputs.dy, dtype)
     if provider.name == "fused" and cell.shape:  # torch's InstanceNorm returns contiguous images
         _same_layout("the output", y, inputs.x)
         for dx in gradients[:1]:
             _same_layout("the gradient of x", dx, inputs.x)
-    if not bool(y.isfinite().all()):
-        raise CheckError("the output is not finite")
 
     x = inputs.x.detach().double().requires_grad_()
     with torch.set_grad_enabled(cell.needs_gradients):

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from .gpu_tables import bandwidth
 from .harness import Row
 from .pictures import CPU_PICTURES, DPI, grid, heat_map, one
-from .tables import BASELINES, select
+from .tables import BASELINES, select, size_of
 
 LINES = {
     "fused": ("#2b6cb0", "-"),
@@ -110,14 +110,17 @@ def draw_blocks(rows: Sequence[Row]) -> None:
     _speed_ups(rows, lines, columns)
 
 
-def draw_images(rows: Sequence[Row]) -> None:
-    """A line for each norm, size and layout, a column for each dtype and mode."""
-    keys = dict.fromkeys((r.norm, r.shape, r.layout) for r in rows)
+def draw_sizes(rows: Sequence[Row]) -> None:
+    """A line for each norm, activation, size and layout, a column for each dtype and mode."""
+    names = ("norm", "activation", "M", "N", "shape", "layout")
     lines: dict[str, dict[str, object]] = {
-        f"{norm} {shape} {layout}": {"norm": norm, "shape": shape, "layout": layout}
-        for norm, shape, layout in keys
+        " ".join(filter(None, (r.norm, r.activation, size_of(r)))): {
+            name: getattr(r, name) for name in names
+        }
+        for r in rows
     }
-    cases = dict.fromkeys((r.dtype, r.mode, r.p) for r in rows if r.mode in ("forward", "training"))
+    modes = ("forward", "inference", "training")
+    cases = dict.fromkeys((r.dtype, r.mode, r.p) for r in rows if r.mode in modes)
     columns: dict[str, dict[str, object]] = {
         f"{dtype} {mode}" + (f" p={p:g}" if p else ""): {"dtype": dtype, "mode": mode, "p": p}
         for dtype, mode, p in cases
@@ -129,7 +132,8 @@ PICTURES: dict[str, tuple[str, Callable[[Sequence[Row]], None]]] = {
     **CPU_PICTURES,
     "rows": ("Norm → activation (→ dropout) along rows: bandwidth", draw_rows),
     "blocks": ("Training steps of Linear blocks; framed in red: slower", draw_blocks),
-    "images": ("Norms over samples or positions on images; framed in red: slower", draw_images),
+    "images": ("Norms over samples or positions on images; framed in red: slower", draw_sizes),
+    "shapes": ("Add & norm, gates of two tensors, shortcuts; framed in red: slower", draw_sizes),
     "peers": ("The norm alone beside other libraries: bandwidth", draw_peers),
 }
 

@@ -8,10 +8,12 @@ import torch
 
 from fused.spec import GATED_ACTIVATIONS
 
+from .cells import SHAPES
 from .harness import AGAIN, Row
 from .tables import (
     ABSENT,
     BASELINES,
+    by_mode,
     channel_summary,
     host_summary,
     kept,
@@ -21,7 +23,6 @@ from .tables import (
     norm_summary,
     ratios,
     select,
-    size_of,
     table,
 )
 
@@ -95,27 +96,23 @@ def blocks_summary(rows: Sequence[Row]) -> str:
     return f"{about}\n\n{table(header, lines)}\n\n{losing_text(rows)}"
 
 
+SPEED_UPS = (
+    "Fused's speed-up over eager / over torch.compile. Bytes kept: for backward, an element,"
+    " besides inputs and parameters: eager → fused."
+)
+
+
 def images_summary(rows: Sequence[Row]) -> str:
     """A line per norm, size, layout and dtype."""
-    columns = [("forward", 0.0), ("training", 0.0), ("training", None)]
-    header = ["norm", "images", "dtype", "forward", "forward + backward"]
-    header += ["forward + backward, dropout", "bytes kept"]
-    lines = []
-    for norm, shape, layout, dtype in dict.fromkeys(
-        (r.norm, r.shape, r.layout, r.dtype) for r in rows
-    ):
-        own = select(rows, norm=norm, shape=shape, layout=layout, dtype=dtype)
-        line = [norm, size_of(own[0]).replace("×", " × "), dtype]
-        for mode, p in columns:
-            cell = [r for r in select(own, mode=mode) if (r.p == 0) == (p == 0)]
-            found = [ratios(select(cell, provider=b)) for b in BASELINES[:2]]
-            line.append(" / ".join(found) if cell else ABSENT)
-        lines.append([*line, kept(own)])
-    about = (
-        "Fused's speed-up over eager / torch.compile. Bytes kept: for backward, an element, besides"
-        " the input: eager → fused."
-    )
-    return f"{about}\n\n{table(header, lines)}\n\n{losing_text(rows)}"
+    return "\n\n".join((SPEED_UPS, by_mode(rows), losing_text(rows)))
+
+
+def shapes_summary(rows: Sequence[Row]) -> str:
+    """The same, a table for each kind of chain."""
+    parts = [SPEED_UPS]
+    for eager in dict.fromkeys(SHAPES[r.chain] for r in rows):
+        parts += [f"{eager}:", by_mode([r for r in rows if SHAPES[r.chain] == eager])]
+    return "\n\n".join((*parts, losing_text(rows)))
 
 
 def peers_summary(rows: Sequence[Row]) -> str:
@@ -199,6 +196,7 @@ SUMMARIES: dict[str, Callable[[Sequence[Row]], str]] = {
     "norm": norm_summary,
     "linear": linear_summary,
     "channel": channel_summary,
+    "shapes": shapes_summary,
     "host": host_summary,
     "rows": _with_replays(rows_summary),
     "blocks": _with_replays(blocks_summary),

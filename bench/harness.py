@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from .cells import Cell
 from .check import CheckError, check
 from .check_channel import check_channel
+from .check_shapes import check_shapes
 from .machine import Machine, last_level_cache
 from .providers import Inputs, Provider, make_chain, make_providers
 from .timing import Clock, replayed, time_in_turns
@@ -42,7 +42,8 @@ class Row:
         over_fused: median of the rounds' ratios of this provider's time to fused's, which is
             fused's speed-up over it; p20 and p80 of the same. Empty where fused was refused.
         error: largest relative error in the check; empty for a limit.
-        kept_bytes: kept for backward besides x and the parameters; empty where not counted.
+        kept_bytes: kept for backward besides the inputs and parameters; empty where not
+            counted.
         ring: how many inputs were rotated.
     """
 
@@ -105,15 +106,25 @@ def make_ring(cell: Cell, device: str) -> list[Inputs]:
         return torch.randn(sizes, device=device).to(dtype, memory_format=memory)
 
     x_sizes = cell.sizes if cell.shape else (cell.M, features)
+
+    def leaf(*sizes: int) -> torch.Tensor:
+        return make(*sizes).requires_grad_(cell.needs_gradients)
+
     return [
-        Inputs(make(*x_sizes).requires_grad_(cell.needs_gradients), make(*cell.sizes))
+        Inputs(
+            leaf(*x_sizes),
+            make(*cell.sizes),
+            tuple(leaf(*cell.sizes) for _ in range(cell.takes_two)),
+            tuple(make(*cell.sizes) for _ in range(cell.sums)),
+        )
         for _ in range(count)
     ]
 
 
 def kept_bytes(provider: Provider, inputs: Inputs) -> int:
-    """Bytes that the forward pass keeps for backward, besides x and the parameters."""
-    known = {t.untyped_storage().data_ptr() for t in (inputs.x, *provider.parameters)}
+    """Bytes that the forward pass keeps for backward, besides the inputs and parameters."""
+    given = (inputs.x, *inputs.more, *provider.parameters)
+    known = {t.untyped_storage().data_ptr() for t in given}
     kept: dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -166,7 +177,7 @@ def measure(
     cell: Cell,
     machine: Machine,
     seconds: float,
-    make: Callable[[Cell, nn.Sequential, Inputs], list[Provider]] = make_providers,
+    make: Callable[[Cell, Any, Inputs], list[Provider]] = make_providers,
 ) -> Outcome:
     """Checks and times a cell.
 
@@ -185,7 +196,8 @@ def measure(
         found: dict[str, Any] = {"error": "", "kept_bytes": "", "ring": len(ring)}
         try:
             if provider.checked:
-                checked = check if cell.rows_are_apart else check_channel
+                checked: Any = check if cell.rows_are_apart else check_channel
+                checked = check_shapes if cell.takes_two else checked
                 found["error"] = float(f"{checked(provider, cell, chain, ring[0]):.3g}")
         except (CheckError, RuntimeError) as error:  # the compiler's errors are RuntimeErrors
             refused[provider.name] = str(error).strip().partition("\n")[0]

@@ -17,6 +17,7 @@ import fused
 from fused.spec import dropout_scale, dropout_threshold
 
 from .cells import AUTOTUNED_SIZES, NUM_GROUPS, Cell
+from .shapes import fuse, make_shape
 
 
 class SwiGLU(nn.Module):
@@ -39,7 +40,14 @@ def _ours(child: nn.Module) -> nn.Module:
 
 
 def make_norm(cell: Cell) -> nn.Module:
-    """The cell's norm, in plain torch."""
+    """The cell's norm, in plain torch; its parameters are not the defaults."""
+    norm = _plain_norm(cell)
+    for name, parameter in norm.named_parameters():
+        nn.init.normal_(parameter, float(name == "weight"), 0.2)
+    return norm
+
+
+def _plain_norm(cell: Cell) -> nn.Module:
     if cell.norm in ("layer", "rms"):
         return nn.LayerNorm(cell.width) if cell.norm == "layer" else nn.RMSNorm(cell.width)
     if cell.norm == "group":
@@ -51,10 +59,15 @@ def make_norm(cell: Cell) -> nn.Module:
 
 @dataclass(frozen=True)
 class Inputs:
-    """x (M, K, N or 2N), a leaf that wants its gradient in training; dy (M, N). Or images, both."""
+    """x (M, K, N or 2N), a leaf that wants its gradient in training; dy (M, N). Or images, both.
+
+    Of the suite shapes also a second input, and with add & norm the gradient of the sum.
+    """
 
     x: Tensor
     dy: Tensor
+    more: tuple[Tensor, ...] = ()
+    more_dy: tuple[Tensor, ...] = ()
 
 
 @dataclass
@@ -81,15 +94,12 @@ class Provider:
 
 
 def _make_layers(cell: Cell, features: int) -> list[nn.Module]:
-    """One chain; the norm's parameters are not its defaults."""
+    """One chain."""
     children: list[nn.Module] = []
     if cell.has_linear:
         children.append(nn.Linear(features, cell.width))
     if cell.norm:
-        norm = make_norm(cell)
-        for name, parameter in norm.named_parameters():
-            nn.init.normal_(parameter, float(name == "weight"), 0.2)
-        children.append(norm)
+        children.append(make_norm(cell))
     if cell.activation:
         children.append(ACTIVATIONS[cell.activation]())
     if "D" in cell.chain:
@@ -97,28 +107,33 @@ def _make_layers(cell: Cell, features: int) -> list[nn.Module]:
     return children
 
 
-def make_chain(cell: Cell, device: str) -> nn.Sequential:
-    """The cell's layers, in plain torch."""
+def make_chain(cell: Cell, device: str) -> Any:
+    """The cell's layers, in plain torch: nn.Sequential, or of two inputs a module of shapes.py."""
     dtype = getattr(torch, cell.dtype)
-    children = _make_layers(cell, cell.K)
-    if cell.blocks > 1:
-        for _ in range(cell.blocks - 1):
-            children += _make_layers(cell, cell.N)
-        children.append(nn.Linear(cell.N, cell.N))
-    return nn.Sequential(*children).to(device, dtype).train(cell.mode != "inference")
+    if cell.takes_two:
+        chain = make_shape(cell, make_norm(cell) if cell.norm else None)
+    else:
+        children = _make_layers(cell, cell.K)
+        if cell.blocks > 1:
+            for _ in range(cell.blocks - 1):
+                children += _make_layers(cell, cell.N)
+            children.append(nn.Linear(cell.N, cell.N))
+        chain = nn.Sequential(*children)
+    return chain.to(device, dtype).train(cell.mode != "inference")
 
 
 def module_provider(
-    name: str, module: Callable[[Tensor], Tensor], chain: nn.Sequential, cell: Cell, scale: float
+    name: str, module: Callable[..., Any], chain: nn.Module, cell: Cell, scale: float
 ) -> Provider:
     parameters = list(chain.parameters())
 
-    def backward(inputs: Inputs, y: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(y, [inputs.x, *parameters], inputs.dy)
+    def backward(inputs: Inputs, y: Any) -> tuple[Tensor, ...]:
+        wanted = [inputs.x, *inputs.more, *parameters]
+        return torch.autograd.grad(y, wanted, (inputs.dy, *inputs.more_dy))
 
     return Provider(
         name,
-        lambda inputs: module(inputs.x),
+        lambda inputs: module(inputs.x, *inputs.more),
         cell.mode,
         backward if cell.needs_gradients else None,
         keep_scale=scale if cell.drops else 1.0,
@@ -132,14 +147,14 @@ def _copy(like: Tensor) -> Provider:
     return Provider("copy_", lambda inputs: out.copy_(inputs.x), "forward", checked=False)
 
 
-def _add(like: Tensor) -> Provider:
-    """Two streams in, one out, as backward has (z, dy, dz)."""
+def _add(like: Tensor, mode: str = "backward") -> Provider:
+    """Two streams in, one out, as backward has (z, dy, dz), or forward of two inputs."""
     out = torch.empty_like(like)
 
     def add(inputs: Inputs) -> Tensor:
         return torch.add(inputs.x.detach(), inputs.dy, out=out)
 
-    return Provider("add", add, "backward", checked=False)
+    return Provider("add", add, mode, checked=False)
 
 
 def _gemms(cell: Cell, weight: Tensor, like: Inputs) -> Provider:
@@ -158,10 +173,14 @@ def _gemms(cell: Cell, weight: Tensor, like: Inputs) -> Provider:
 
 
 def make_providers(
-    cell: Cell, chain: nn.Sequential, like: Inputs, max_autotune: bool = False
+    cell: Cell, chain: Any, like: Inputs, max_autotune: bool = False
 ) -> list[Provider]:
     """The providers of a cell; `like` has the sizes of its inputs."""
-    ours = fused.Sequential(*map(_ours, chain.children())).train(chain.training)
+    ours: Callable[..., Any]
+    if cell.takes_two:
+        ours = fuse(cell, chain)
+    else:
+        ours = fused.Sequential(*map(_ours, chain.children())).train(chain.training)
     eager_scale = 1 / (1 - cell.p)
     our_scale = dropout_scale(dropout_threshold(cell.p))
     found = [
@@ -185,6 +204,8 @@ def make_providers(
         assert isinstance(linear, nn.Linear)
         if cell.blocks == 1:
             found.append(_gemms(cell, linear.weight, like))
+    elif cell.takes_two and not cell.needs_gradients:
+        found.append(_add(like.dy, cell.mode))
     elif not cell.gated:  # torch has nothing that reads as many streams and writes half
         found.append(_add(like.dy) if cell.needs_gradients else _copy(like.dy))
     return found

@@ -145,27 +145,34 @@ def norm_summary(rows: Sequence[Row]) -> str:
 
 
 def gated_summary(rows: Sequence[Row]) -> list[str]:
-    """A line per norm, gated activation, size and dtype; nothing where none was measured."""
+    """Of gated activations; nothing where none was measured."""
     gated = [r for r in rows if r.activation in GATED_ACTIVATIONS]
+    about = (
+        "Gated activations, whose N features come from 2N: fused's speed-up over eager / over"
+        " torch.compile."
+    )
+    return [about, by_mode(gated)] if gated else []
+
+
+def by_mode(rows: Sequence[Row]) -> str:
+    """A line per norm, activation, size and dtype, a column per dropout and mode."""
     columns = [(p, mode) for p in (P, 0.0) for mode in ("forward", "inference", "training")]
-    columns = [(p, mode) for p, mode in columns if select(gated, p=p, mode=mode)]
+    columns = [(p, mode) for p, mode in columns if select(rows, p=p, mode=mode)]
     header = ["norm, activation", "size", "dtype", *(f"{mode}, p={p:g}" for p, mode in columns)]
+    with_bytes = [p for p, mode in columns if mode == "training"]
+    header += [f"bytes kept, p={p:g}" for p in with_bytes]
     lines = []
-    kinds = dict.fromkeys((r.norm, r.activation, size_of(r), r.dtype) for r in gated)
+    kinds = dict.fromkeys((r.norm, r.activation, size_of(r), r.dtype) for r in rows)
     for norm, activation, size, dtype in kinds:
-        own = select(gated, norm=norm, activation=activation, dtype=dtype)
+        own = select(rows, norm=norm, activation=activation, dtype=dtype)
         own = [r for r in own if size_of(r) == size]
         line = [" ".join(filter(None, (norm, activation))), size.replace("×", " × "), dtype]
         for p, mode in columns:
             cell = select(own, p=p, mode=mode)
             found = [ratios(select(cell, provider=b)) for b in BASELINES[:2]]
             line.append(ABSENT if found == [ABSENT] * 2 else " / ".join(found))
-        lines.append(line)
-    about = (
-        "Gated activations, whose N features come from 2N: fused's speed-up over eager / over"
-        " torch.compile."
-    )
-    return [about, table(header, lines)] if lines else []
+        lines.append([*line, *(kept(select(own, p=p)) for p in with_bytes)])
+    return table(header, lines)
 
 
 LINEAR_COLUMNS: tuple[tuple[str, dict[str, Any]], ...] = (

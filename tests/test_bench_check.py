@@ -13,7 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from bench_cases import WRONG, P, make_all, make_cell, make_with_wrong_eager
+from bench_cases import (
+    WRONG,
+    DropsAnew,
+    P,
+    WeighsGradient,
+    make_all,
+    make_cell,
+    make_with_wrong_eager,
+)
 from torch import Tensor, nn
 
 import fused
@@ -154,6 +162,107 @@ def test_a_wrong_channel_provider_is_refused(wrong: str) -> None:
         message = "dropout keeps"
     with pytest.raises(CheckError, match=re.escape(message)):
         check_channel(provider, cell, chain, inputs)
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "add & norm": {"chain": "D-S-N", "activation": ""},
+    "without dropout": {"chain": "S-N", "norm": "rms", "activation": "", "p": 0.0},
+    "bfloat16": {"chain": "D-S-N", "activation": "", "dtype": "bfloat16"},
+    "forward": {"chain": "D-S-N", "activation": "", "mode": "forward"},
+    "gate": {"chain": "G-D", "norm": "", "activation": "silu"},
+    "shortcut": {"layout": "channels-last"},
+    "shortcut, inference": {"mode": "inference"},
+}
+
+
+def make_shape_cell(name: str) -> Any:
+    cell = make_cell(suite="shapes", **SHAPES[name])
+    if "shortcut" not in name:
+        return cell
+    what = {"chain": "N-S-A", "norm": "batch", "activation": "relu", "shape": "2×8×40×50"}
+    return replace(cell, **what, M=4000, N=8, p=0.0)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_right_shapes_pass(name: str) -> None:
+    from bench.check_shapes import check_shapes
+
+    cell = make_shape_cell(name)
+    chain, inputs, providers = make_all(cell)
+    assert [*providers] == ["fused", "eager", "compile", "add"]
+    for provider in ("fused", "eager"):
+        assert 0 <= check_shapes(providers[provider], cell, chain, inputs) < 0.1
+
+
+# Of which chain the results are changed, how, and what is said.
+SHAPES_WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
+    "sum": ("without dropout", lambda y, h: (y, h * 1.01), "sum: relative error"),
+    "norm of the sum": ("add & norm", lambda y, h: (y * 1.01, h), "output: relative error"),
+    "gradient of sum": ("add & norm", lambda y, h: (y, WeighsGradient.apply(h)), "gradient of x"),
+    "mask": ("gate", DropsAnew.apply, "dropout keeps 0.5"),
+    "gradient": ("gate", WeighsGradient.apply, "gradient of x"),
+    "nan": ("gate", lambda y: y * float("nan"), "the output is not finite"),
+    "layout": ("shortcut", lambda y: y.contiguous(), "has strides"),
+}
+
+
+@pytest.mark.parametrize("wrong", SHAPES_WRONG)
+def test_a_wrong_shape_is_refused(wrong: str) -> None:
+    from bench.check import CheckError
+    from bench.check_shapes import check_shapes
+
+    name, change, message = SHAPES_WRONG[wrong]
+    cell = make_shape_cell(name)
+    chain, inputs, providers = make_all(cell)
+    right = providers["fused"].forward
+
+    def forward(given: Any) -> Any:
+        found = right(given)
+        return change(*found) if isinstance(found, tuple) else change(found)
+
+    with pytest.raises(CheckError, match=re.escape(message)):
+        check_shapes(replace(providers["fused"], forward=forward), cell, chain, inputs)
+
+
+@pytest.mark.parametrize("missing", ["add & norm", "gate", "shortcut"])
+def test_a_second_input_that_is_not_used_is_refused(missing: str) -> None:
+    from bench.check import CheckError
+    from bench.check_shapes import check_shapes
+
+    cell = make_shape_cell(missing)
+    chain, inputs, providers = make_all(cell)
+    ours = providers["fused"]
+
+    def forward(given: Any) -> Any:
+        (other,) = given.more
+        return ours.forward(replace(given, more=(other * 1.05,)))
+
+    with pytest.raises(CheckError, match="output: relative error"):
+        check_shapes(replace(ours, forward=forward), cell, chain, inputs)
+
+
+def test_a_run_of_shapes_writes_rows(tmp_path: Path) -> None:
+    from bench import results
+    from bench.harness import measure
+    from bench.machine import this_machine
+    from bench.providers import make_providers
+
+    def make(*given: Any) -> list[Any]:
+        return [p for p in make_providers(*given) if p.name != "compile"]
+
+    outcome = measure(make_shape_cell("add & norm"), this_machine("cpu"), 0.0, make)
+    assert outcome.refused == {}
+    path = tmp_path / "shapes.csv"
+    results.merge(path, outcome, this_machine("cpu"))
+    rows = {(r.provider, r.mode): r for r in results.read(path)}
+    assert {*rows} == {("add", "backward")} | {
+        (name, mode) for name in ("fused", "eager") for mode in ("training", "backward")
+    }
+    # Both keep the sum, statistics besides; eager also the mask, a byte an element.
+    sum_bytes = 300 * 96 * 4
+    kept = {name: rows[name, "training"].kept_bytes for name in ("fused", "eager")}
+    assert sum_bytes < kept["fused"] < sum_bytes + 4000
+    assert kept["eager"] > sum_bytes + 300 * 96
 
 
 def test_nothing_is_timed_when_all_are_refused() -> None:

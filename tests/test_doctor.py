@@ -55,6 +55,7 @@ def test_every_operation_is_there_once(report: dict[str, Any]) -> None:
     pairs = [(operation, norm) for operation in ("linear_norm_act", "norm_act") for norm in norms]
     pairs += [("linear_norm_gate", norm) for norm in norms[:3]]
     pairs += [("add_norm", norm) for norm in norms[:2]]
+    pairs += [("shortcut", norm) for norm in norms if norm] + [("gate", None)]
     want = {
         (operation, norm, mode, device, dtype)
         for operation, norm in pairs
@@ -160,6 +161,7 @@ def raises(right: Callable[..., Any]) -> Callable[..., Any]:
         ("row_backward", wrong_gradient, "the gradient of"),
         ("row_forward", wrong_mask, "the dropout mask is not the one"),
         ("row_forward", raises, "the launch failed"),
+        ("gate_backward", wrong_gradient, "the gradient of value"),
     ],
 )
 def test_a_wrong_kernel_is_noticed(

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.backend import choose, use_backend
-from ..functional import add_norm, dropout_mask, linear_norm_act, norm_act
+from ..functional import add_norm, dropout_mask, gate, linear_norm_act, norm_act
 from ..run import reference
 from ..spec import (
     CHANNEL_NORMS,
+    GATED_ACTIVATIONS,
     ROW_NORMS,
     Spec,
     default_eps,
@@ -29,6 +30,7 @@ from ..spec import (
 )
 
 GATE, ADD_NORM = "linear_norm_gate", "add_norm"
+SHORTCUT, TWO = "shortcut", "gate"
 MODES = ("training", "inference")
 # The activation that each norm is tested with.
 ACTIVATION_OF: dict[str | None, str] = {
@@ -47,6 +49,8 @@ OPERATIONS: dict[str, tuple[str | None, ...]] = {
     "norm_act": tuple(ACTIVATION_OF),
     GATE: tuple(GATE_OF),
     ADD_NORM: ROW_NORMS,
+    SHORTCUT: ROW_NORMS + CHANNEL_NORMS,
+    TWO: (None,),
 }
 # No multiple of a vector, of eight mask elements or of a tile.
 ROWS, FEATURES_IN, FEATURES = 37, 24, 101
@@ -72,9 +76,10 @@ def _inputs(operation: str, norm: str | None, dtype: torch.dtype, device: str) -
     out = features
     if operation == GATE:
         features *= 2
-    if operation == ADD_NORM:
-        inputs = {"x": make(*rows, features), "residual": make(*rows, features)}
-    elif operation != "norm_act":
+    pair = {ADD_NORM: ("x", "residual"), TWO: ("value", "gate")}.get(operation)
+    if pair is not None:
+        inputs = {name: make(*rows, features) for name in pair}
+    elif operation not in ("norm_act", SHORTCUT):
         inputs = {
             "x": make(*rows, FEATURES_IN),
             "weight": make(features, FEATURES_IN, deviation=FEATURES_IN**-0.5),
@@ -83,7 +88,8 @@ def _inputs(operation: str, norm: str | None, dtype: torch.dtype, device: str) -
         }
     else:
         shape = (SAMPLES, features, POSITIONS) if norm in CHANNEL_NORMS else (*rows, features)
-        inputs = {"z": make(*shape), "residual": make(*shape)}
+        names = ("z", "residual", "shortcut")[: 3 if operation == SHORTCUT else 2]
+        inputs = {name: make(*shape) for name in names}
     if norm is not None:
         inputs["norm_weight"] = make(features, mean=1.0, deviation=0.1)
         inputs["norm_bias"] = make(features, deviation=0.1)
@@ -107,17 +113,23 @@ def _add_norm(activation: None, **given: Any) -> Tensor:
     return torch.cat(add_norm(**given), -1)
 
 
+def _gate(norm: None, eps: float, activation: str, **given: Any) -> Tensor:
+    """The gate of two tensors, by the name that it has as halves of one."""
+    return gate(activation=str(GATED_ACTIVATIONS[activation].gate), **given)
+
+
 def _plain(spec: Spec, operation: str, **inputs: Tensor) -> Tensor:
     """The same operation in plain torch, in the dtype of its inputs."""
+    seed = torch.tensor([SEED], device=next(iter(inputs.values())).device)
+    if operation == TWO:
+        return reference.gate(**inputs, spec=spec, seed=seed)
     if operation == ADD_NORM:
-        seed = torch.tensor([SEED], device=inputs["x"].device)
         add, norm = Spec(threshold=spec.threshold), spec._replace(threshold=0)
         h = reference.row(inputs["x"], add, residual=inputs["residual"], seed=seed)
         affine = inputs["norm_weight"], inputs["norm_bias"]
         return torch.cat([reference.row(h, norm, None, *affine), h], -1)
     z = inputs["z"] if "z" in inputs else F.linear(*(inputs[k] for k in ("x", "weight", "bias")))
-    rest = {k: inputs[k] for k in ("norm_weight", "norm_bias", "residual") if k in inputs}
-    seed = torch.tensor([SEED], device=z.device)
+    rest = {k: t for k, t in inputs.items() if k not in ("z", "x", "weight", "bias")}
     if spec.norm not in CHANNEL_NORMS:
         return reference.row(z, spec, seed=seed, **rest)
     last = "x" in inputs
@@ -152,12 +164,12 @@ def self_test(
     """
     inputs = _inputs(operation, norm, dtype, device)
     training = mode == "training"
-    activation: str | None = GATE_OF[norm] if operation == GATE else ACTIVATION_OF[norm]
+    activation: str | None = (GATE_OF if operation in (GATE, TWO) else ACTIVATION_OF)[norm]
     if operation == ADD_NORM:
         activation = None
     eps = default_eps(norm, None, dtype)
-    calls: dict[str, Callable[..., Tensor]] = {"norm_act": norm_act, ADD_NORM: _add_norm}
-    call = calls.get(operation, linear_norm_act)
+    calls: dict[str, Callable[..., Tensor]] = {ADD_NORM: _add_norm, TWO: _gate}
+    call = calls.get(operation, linear_norm_act if "x" in inputs else norm_act)
     options: dict[str, Any] = {
         "norm": norm,
         "eps": eps,
