@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from channel_cases import Inputs, largest_rstd, seed_of, wanted_of
@@ -23,20 +22,9 @@ from fused.spec import Spec, dropout_scale
 NAMES = ("dz", "dnorm_weight", "dnorm_bias", "dbias", "dshortcut")
 
 
-def as_operator(name: str) -> Any:
-    """The launcher of an operator, with the results that the operator's schema has."""
-
-    def call(*arguments: Any) -> Any:
-        found = launchers.TRITON[name](*arguments)
-        results = len(getattr(torch.ops.fused_lnad, name).default._schema.returns)
-        return found[:results] if results > 1 else found[0] if type(found) is tuple else found
-
-    return call
-
-
 # In place of the operators, which find the C++ kernels for CPU tensors.
 LAUNCHERS = SimpleNamespace(
-    **{name: as_operator(name) for name in launchers.TRITON},
+    **launchers.TRITON,
     WANT_NORM_WEIGHT=spec.WANT_NORM_WEIGHT,
     WANT_NORM_BIAS=spec.WANT_NORM_BIAS,
     WANT_BIAS=spec.WANT_BIAS,
