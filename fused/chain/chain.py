@@ -207,7 +207,8 @@ class Chain(Stages):
         spec = None if passed is None else self._passes_again(x, passed)
         if spec is not None:
             self.fused_calls += 1
-            if not self.along_rows or any(t is not None for t in more):
+            alone = residual is None and mask is None and shortcut is None
+            if not (alone and self.along_rows):
                 return self.run(x, *more, spec)
             # Activation and dropout that does not drop: one torch operator, which nothing can
             # shorten.

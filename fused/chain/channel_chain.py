@@ -180,8 +180,8 @@ class ChannelChain(Chain):
         shortcut: Tensor | None = None,
         spec: Spec | None = None,
     ) -> Tensor:
-        more = residual, mask, shortcut
-        again = spec is not None and not self.gated and all(t is None for t in more)
+        alone = residual is None and mask is None and shortcut is None
+        again = spec is not None and alone and not self.gated
         spec = spec or self._spec_for(x)
         linear: Any = {} if self.linear is None else self.linear._parameters
         given: Any = (linear.get("weight"), linear.get("bias"))
