@@ -74,8 +74,7 @@ class Chains(nn.Module):
         h = F.silu(self.rms(h))
         value, gate = self.third(h).chunk(2, -1)
         h = value * F.silu(gate)
-        # Directly behind a convolution the chain would be left to Inductor.
-        image = F.relu(self.images(1 + self.conv(h.view(-1, 1, 4, 4))))
+        image = F.relu(self.images(self.conv(h.view(-1, 1, 4, 4))))
         return F.silu(self.group(image)).flatten(1)
 
 
@@ -140,8 +139,13 @@ def test_mode_and_options_are_inductors(patches: list[dict[str, Any]]) -> None:
         own.pop("pre_grad_custom_pass", None)
         return own
 
+    layout = {"layout_optimization": False}  # convolutions keep the model's, on CPUs
     for how in ({"mode": "max-autotune-no-cudagraphs"}, {"options": {"max-fusion-size": 8}}, {}):
-        assert compiled("fused", **how) == compiled("inductor", **how)
+        assert compiled("fused", **how) == layout | compiled("inductor", **how)
+    for said in (True, False):
+        assert compiled("fused", options={"layout_optimization": said}) == {
+            "layout_optimization": said
+        }
     with pytest.raises(RuntimeError, match="Unexpected optimization option fuse_more"):
         compiled("fused", options={"fuse_more": True})
     with pytest.raises(RuntimeError, match="Unexpected type of attr max_fusion_size"):

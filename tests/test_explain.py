@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused
+from fused.graph import policy
 
 C = 32
 
@@ -114,12 +115,20 @@ def test_inference_leaves_pointwise_chains_to_inductor() -> None:
     assert relu.ways == ("fused_eager",) and "Inductor" in relu.reason
 
 
-def test_chains_between_convolutions_are_left_to_inductor() -> None:
+@pytest.mark.parametrize("asked", [True, False])
+def test_chains_between_convolutions_that_inductor_lays_out(
+    asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "_LARGE", 0)
+    if asked:
+        monkeypatch.setenv("TORCHINDUCTOR_LAYOUT_OPTIMIZATION", "1")
     layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2)
-    for count, ways in ((3, ("fused_eager",)), (4, ("fused", "fused_eager"))):
+    for count in (3, 4):
+        left = asked and count == 3
         found = by_name(fused.explain(nn.Sequential(*layers[:count]), torch.randn(2, 3, 8, 8)))
+        ways = ("fused_eager",) if left else ("fused", "fused_eager")
         assert found["batch"][0].ways == ("fuse_", *ways)
-        assert ("convolutions" in found["batch"][0].reason) == (count == 3)
+        assert ("convolutions" in found["batch"][0].reason) is left
 
 
 def test_a_model_without_any() -> None:

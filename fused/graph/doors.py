@@ -20,6 +20,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ..backends import backend, gemm
+from .policy import inductor_options
 from .rewrite import rewrite
 
 _PACKAGE = Path(__file__).parent.parent
@@ -54,9 +55,10 @@ def fused(
     What `use_backend` asks for while it compiles holds for what is compiled.
 
     Args:
-        mode, options: Inductor's, as torch.compile takes them.
+        mode, options: Inductor's, as torch.compile takes them. On CPUs convolutions keep the
+            model's layout (policy.py) unless options or the environment set `layout_optimization`.
     """
-    given = options or {}
+    given = {**inductor_options(inputs), **(options or {})}
     before = given.get(_SETTING, getattr(inductor_config, _SETTING))
     # torch's own wrapper reads and checks what it is given, as it does for backend="inductor".
     compile = torch._TorchCompileInductorWrapper(mode, {**given, _SETTING: _after(before)}, None)

@@ -132,10 +132,13 @@ def explain(model: nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None = N
     reached = _reached_by_fuse(model)
 
     def survey(module: fx.GraphModule, given: Any, **options: Any) -> Any:
+        from torch._inductor import config
+
         found.graphs += 1
-        for part in module.modules():
-            if isinstance(part, fx.GraphModule):
-                found.calls += _calls(part.graph, reached)
+        with config.patch(policy.inductor_options(given)):
+            for part in module.modules():
+                if isinstance(part, fx.GraphModule):
+                    found.calls += _calls(part.graph, reached)
         return module.forward
 
     with _as_before(model), torch._dynamo.config.patch(recompile_limit=1 << 10):
