@@ -164,6 +164,14 @@ def log() -> Iterator[Any]:
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing is compiled yet, and random numbers are the same every time."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture
 def fused_mode() -> Iterator[None]:
     """FUSED_GEMM=fused."""
     with mock.patch.multiple(gemm, mode="fused", enabled=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,12 +14,7 @@ from torch import Tensor
 from fused.graph.forms import FORMS, spellings
 from fused.spec import ACTIVATIONS
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def _method(name: str) -> Callable[[Tensor], Tensor]:

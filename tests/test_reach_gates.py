@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reach import Log, equal_to_eager
-from test_reach import N, _fresh, rows  # noqa: F401  a fixture
+from reach import Log, N, equal_to_eager, rows
 from torch import Tensor, nn
 
 import fused
 from fused.graph import policy
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 class Llama(nn.Module):

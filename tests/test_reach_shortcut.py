@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,15 +11,10 @@ import torch.nn.functional as F
 from reach import Log, N, equal_to_eager, rows
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 IMAGE = (4, N, 24, 24)
 CHAIN = "batch → shortcut → relu"
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
 
 
 class Block(nn.Module):
