@@ -70,13 +70,15 @@ def test_the_block_of_a_resnet(memory_format: torch.memory_format) -> None:
     for other in (torch.contiguous_format, torch.channels_last):
         z = torch.randn(8, 16, 24, 24).double().to(memory_format=memory_format).requires_grad_()
         shortcut = torch.randn(8, 16, 24, 24).double().to(memory_format=other).requires_grad_()
-        expected = F.relu(eager(z) + shortcut)
+        normed = eager(z)
+        expected = F.relu(normed + shortcut)
         given = {"running_mean": ours.running_mean, "running_var": ours.running_var}
         y = norm_act(z, norm="batch", norm_weight=ours.weight, norm_bias=ours.bias,
                      activation="relu", shortcut=shortcut, **given)  # fmt: skip
         torch.testing.assert_close(y, expected)
-        assert y.stride() == eager(z).stride()
-        eager(z.detach()), ours(z.detach())
+        assert y.stride() == normed.stride()
+        for name in ("running_mean", "running_var"):
+            torch.testing.assert_close(getattr(ours, name), getattr(eager, name))
         g = torch.randn_like(y)
         found = torch.autograd.grad(y, (z, shortcut), g)
         torch.testing.assert_close(found, torch.autograd.grad(expected, (z, shortcut), g))
@@ -93,6 +95,88 @@ def test_what_is_kept_for_backward() -> None:
         shortcut.untyped_storage().data_ptr(),
     }
     assert sum(t.numel() for t in kept if t.numel() != z.numel()) <= 4 * 16 + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_strided_misaligned_and_expanded_tensors(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    wide = torch.randn(70, 2 * 300 + 1).to(dtype)
+    z, shortcut = wide[:, 1:301], wide[:, 301:]  # rows apart, at odd addresses
+    images = torch.randn(5, 9, 13, 24).to(dtype).movedim(-1, 1)[..., 1:]
+    others = torch.randn(24, 5, 12, 9).to(dtype).permute(1, 0, 3, 2)
+    for given, x, s in (
+        *(({"norm": norm}, z, shortcut) for norm in ("layer", "rms", None)),
+        *(({"norm": norm}, images, others) for norm in ("batch", "instance")),
+    ):
+        # The mask lies in memory order, so what is laid out otherwise is compared without.
+        p = 0.2 if x is z else 0.0
+
+        def step(x: Tensor, s: Tensor, given: Call = given, p: float = p) -> tuple[Tensor, ...]:
+            x, s = x.detach().requires_grad_(), s.detach().requires_grad_()
+            y = norm_act(x, activation="gelu", shortcut=s, p=p, seed=7, **given)
+            # The gradient has the strides of one element, of a part, and of another order.
+            parts = y[..., :1].expand_as(y).sum(), y[..., ::2].sum(), y.mT.square().sum()
+            return y, *torch.autograd.grad(sum(parts), (x, s))
+
+        found = step(x, s)
+        if x is z:
+            assert all(map(torch.equal, found, step(x.contiguous(), s.contiguous())))
+        with fused.use_backend("reference"):
+            wanted = step(x.double(), s.double())
+        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        for ours, right in zip(found, wanted, strict=True):
+            scale = right.abs().max()
+            torch.testing.assert_close(ours / scale, right / scale, rtol=0, atol=tolerance,
+                                       check_dtype=False)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (1, 8), (5, 0), (1, 1)])
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+def test_no_row_one_row_no_column(norm: str | None, shape: tuple[int, int]) -> None:
+    z, shortcut = (torch.randn(shape).double().requires_grad_() for _ in range(2))
+    found = []
+    for backend in ("cpp", "reference"):
+        with fused.use_backend(backend):
+            y = norm_act(z, norm=norm, activation="silu", p=0.3, seed=1, shortcut=shortcut)
+            found.append([y, *torch.autograd.grad(y.sum(), (z, shortcut))])
+    for ours, plain in zip(*found, strict=True):
+        assert ours.shape == shape
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 4, 4), (1, 6, 3, 5), (2, 6, 0, 4)])
+@pytest.mark.parametrize("norm", ["batch", "group", "instance"])
+def test_no_image_one_image_no_position(norm: str, shape: tuple[int, ...]) -> None:
+    z, shortcut = (torch.randn(shape).double().requires_grad_() for _ in range(2))
+    given = {"num_groups": 2} if norm == "group" else {}
+    y = norm_act(z, norm=norm, activation="silu", shortcut=shortcut, **given)
+    gradients = torch.autograd.grad(y.sum(), (z, shortcut))
+    assert y.shape == shape and all(g.shape == shape for g in gradients)
+    if y.numel():
+        expected = F.silu(norm_act(z, norm=norm, **given) + shortcut)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected.sum(), (z, shortcut)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    tensors = inputs(8, 6, 20, 20, channels=6)
+
+    def function(*tensors: Tensor) -> Tensor:
+        return call({"norm": "batch"}, *tensors, p=0.3)
+
+    found = []
+    for how in (False, True):
+        torch.manual_seed(1)
+        y = checkpoint(function, *tensors, use_reentrant=reentrant) if how else function(*tensors)
+        for t in tensors:
+            t.grad = None
+        y.square().sum().backward()
+        found.append([y, *(t.grad for t in tensors)])
+    for once, again in zip(*found, strict=True):
+        assert torch.equal(once, again)
 
 
 def test_one_tensor_as_everything() -> None:
