@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import fused
 from fused.graph import policy
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 C = 32
 
 
@@ -129,6 +131,14 @@ def test_chains_between_convolutions_that_inductor_lays_out(
         ways = ("fused_eager",) if left else ("fused", "fused_eager")
         assert found["batch"][0].ways == ("fuse_", *ways)
         assert ("convolutions" in found["batch"][0].reason) is left
+
+
+def test_what_was_compiled_before_changes_nothing() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2))
+    for size in (8, 9, 10):
+        torch.compile(nn.Sequential(*layers), backend="eager")(torch.randn(2, 3, size, size))
+        found = by_name(fused.explain(layers, torch.randn(2, 3, size, size)))
+        assert found["batch"][0].ways == ("fuse_", "fused", "fused_eager")
 
 
 def test_a_model_without_any() -> None:

@@ -142,7 +142,8 @@ def explain(model: nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None = N
         return module.forward
 
     with _as_before(model), torch._dynamo.config.patch(recompile_limit=1 << 10):
-        torch.compile(model, backend=survey)(*inputs, **(kwargs or {}))
+        # As a first call: sizes are open only where another was seen before.
+        torch.compile(model, backend=survey, dynamic=False)(*inputs, **(kwargs or {}))
     return found
 
 
